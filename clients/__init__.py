@@ -1,0 +1,1 @@
+"""The site's side: private rows in, DP releases out."""

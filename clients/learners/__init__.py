@@ -1,0 +1,1 @@
+"""Learners: private rows -> a release and its receipt."""

@@ -1,0 +1,1 @@
+"""The ground both sides stand on, and the two doors that Flower opens."""

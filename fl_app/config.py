@@ -1,0 +1,201 @@
+"""One TOML file becomes a tree, the tree becomes frozen sections; each side reads only its own tables.
+
+    [run] [model] [lora]      read by both sides, here
+    [client.*]                read by clients.config
+    [server.*]                read by strategies.config
+    [simulation]              read by simulations.config, never by an app
+
+Flower's run-config takes scalars only, so it carries two of them: `config` (a path, absolute or from the project's
+root) and `overrides` (`run.rounds=3 server.tuner.epochs=2`, values in TOML syntax, separated by blanks or newlines).
+The digest of the resolved tree travels in `Broadcast`, so both sides know that they read the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fl_app.errors import ConfigInvalid
+from fl_app.origin import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Tree: TypeAlias = dict[str, Any]
+SectionT = TypeVar("SectionT", bound="Section")
+
+TABLES = ("run", "model", "lora", "client", "server", "simulation")
+LOCAL_KEYS = frozenset({"directory"})
+"""Keys of [run] that name places on one machine; they do not enter the digest."""
+
+
+class Section(BaseModel):
+    """A frozen table of the configuration: unknown keys, nan and inf are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class RunSection(Section):
+    """[run]: how long, how random, where to."""
+
+    rounds: Annotated[int, Field(ge=1, le=1000)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    mode: Literal["simulation", "production"]
+    directory: str = ""
+
+
+class ModelSection(Section):
+    """[model]: the shared local model W_loc. `name` is a folder, a hub id, a packaged model or `tiny-random`."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class LoraSection(Section):
+    """[lora]: the shape of every adapter of this run. `first_layer` counts decoder blocks from 0."""
+
+    rank: Annotated[int, Field(ge=1, le=512)]
+    alpha: Annotated[float, Field(gt=0)]
+    targets: tuple[str, ...]
+    first_layer: Annotated[int, Field(ge=0)] = 0
+
+    model_config = ConfigDict(strict=False)
+
+
+class SharedConfig(Section):
+    """The tables that both sides read."""
+
+    run: RunSection
+    model: ModelSection
+    lora: LoraSection
+
+
+def read_tree(config: str, overrides: str = "") -> Tree:
+    """Return the tree of a TOML file with overrides applied.
+
+    Raises: ConfigInvalid when the file is missing, is not TOML, or an override names no table of ours.
+    """
+    path = Path(config) if Path(config).is_absolute() else ROOT / config
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
+        raise ConfigInvalid(f"no configuration at {path}; configs/ holds: {known}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{path} is not TOML: {error}") from None
+    for key, value in _read_overrides(overrides).items():
+        _set(tree, key, value)
+    for table in tree:
+        if table not in TABLES:
+            raise ConfigInvalid(f"unknown table [{table}]{_nearest(table, TABLES)}; known: {', '.join(TABLES)}")
+    return tree
+
+
+def parse(section: type[SectionT], tree: Mapping[str, Any], *, where: str = "") -> SectionT:
+    """Return `tree` as a section.
+
+    Raises: ConfigInvalid naming every bad key, its value, what is allowed and, for a typo, the nearest key.
+    """
+    try:
+        return section.model_validate(dict(tree))
+    except ValidationError as error:
+        lines = [_explain(section, detail, where) for detail in error.errors()]
+        raise ConfigInvalid("; ".join(lines)) from None
+
+
+def shared(tree: Tree) -> SharedConfig:
+    """Return the tables both sides read."""
+    return parse(SharedConfig, {name: tree.get(name, {}) for name in ("run", "model", "lora")})
+
+
+def digest(tree: Tree) -> str:
+    """Return the SHA-256 of the resolved tree without what is local to one machine or to the simulator."""
+    run = {key: value for key, value in tree.get("run", {}).items() if key not in LOCAL_KEYS}
+    public = {key: value for key, value in tree.items() if key != "simulation"} | {"run": run}
+    return hashlib.sha256(json.dumps(public, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _read_overrides(overrides: str) -> Tree:
+    values: Tree = {}
+    for item in _split(overrides):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigInvalid(f"override {item!r} is not key=value, e.g. run.rounds=3")
+        try:
+            values[key.strip()] = tomllib.loads(f"x = {value.strip()}")["x"]
+        except tomllib.TOMLDecodeError:
+            raise ConfigInvalid(f"override {key.strip()}: {value.strip()!r} is no TOML value; quote strings") from None
+    return values
+
+
+def _split(overrides: str) -> list[str]:
+    """Split at blanks outside quotes and brackets."""
+    items, current, quote, depth = [""], "", "", 0
+    for character in overrides:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[]{}":
+            depth += 1 if character in "[{" else -1
+        if character.isspace() and not quote and depth == 0:
+            items.append(current)
+            current = ""
+        else:
+            current += character
+    items.append(current)
+    return [item for item in items if item]
+
+
+def _set(tree: Tree, key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigInvalid(f"override {key}: {name!r} is a value, not a table")
+        tree = child
+    tree[last] = value
+
+
+def _nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(section: type[BaseModel], detail: Any, where: str) -> str:
+    path = ".".join(str(part) for part in (*([where] if where else []), *detail["loc"]))
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(section, detail["loc"][:-1])
+        return f"unknown key {path}{_nearest(str(detail['loc'][-1]), known)}; known: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"{path} is required and absent"
+    return f"{path} = {str(detail.get('input'))[:80]!r}: {detail['msg']}"
+
+
+def _fields_at(section: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    fields: Any = section
+    for part in loc:
+        info = getattr(fields, "model_fields", {}).get(part)
+        if info is None:
+            options = [o for o in _options(fields) if str(part) == _tag(o)]
+            fields = options[0] if options else fields
+        else:
+            fields = info.annotation
+    names = getattr(fields, "model_fields", None)
+    return sorted(names) if names else []
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    arguments = getattr(annotation, "__args__", ())
+    return tuple(inner for a in arguments for inner in (getattr(a, "__args__", None) or (a,)))
+
+
+def _tag(option: Any) -> str:
+    kind = getattr(option, "model_fields", {}).get("kind")
+    return str(getattr(kind.annotation, "__args__", ("",))[0]) if kind else ""

@@ -1,0 +1,1 @@
+"""Budget, accounting and noise: what a release costs and who enforces it."""

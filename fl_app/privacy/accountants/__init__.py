@@ -1,0 +1,1 @@
+"""One file per accountant: receipts and delta -> epsilon."""

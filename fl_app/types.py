@@ -1,0 +1,250 @@
+"""The values that travel a round, in order of appearance.
+
+Every field here is releasable. A number that depends on private rows and is covered by no receipt (a loss, a row
+count, an accuracy) has no field to live in: what is public is a field, what may be private is an argument.
+The first traveller, `PrivateRows`, is therefore not here but in `clients.private_rows`.
+
+Legend of shapes: r = LoRA rank, d_in and d_out = features of the adapted linear map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
+
+Relation: TypeAlias = Literal["add_or_remove_one"]
+ReleaseKind: TypeAlias = Literal["adapter", "vector", "histogram"]
+RefusalCode: TypeAlias = Literal["budget_spent", "policy", "ledger", "rows", "model", "internal"]
+
+REFUSAL_CODES: tuple[RefusalCode, ...] = ("budget_spent", "policy", "ledger", "rows", "model", "internal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoraFactors:
+    """One adapted linear map.
+
+    Shapes: a (r, d_in), b (d_out, r), both float32; delta_W = (alpha / r) * b @ a, shape (d_out, d_in).
+    """
+
+    a: Floats
+    b: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """A LoRA adapter of one base model.
+
+    `layers` maps a module path of the base model to its factors; `alpha` is PEFT's lora_alpha; `base` is the content
+    hash of the frozen base model, so that an adapter can never be put on another model by mistake.
+    """
+
+    layers: Mapping[str, LoraFactors]
+    alpha: float
+    base: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoissonGaussian:
+    """`steps` noisy sums over Poisson-sampled units (DP-SGD).
+
+    Each step samples every unit with probability `sample_rate`, clips its contribution to L2 norm `clip_norm` and
+    adds N(0, (noise_multiplier * clip_norm)^2) to every coordinate of the sum.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    clip_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gaussian:
+    """`count` releases of a sum over all units, L2 sensitivity `clip_norm`, noise std noise_multiplier * clip_norm."""
+
+    noise_multiplier: float
+    clip_norm: float
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exponential:
+    """`count` draws of an exponential mechanism, each `epsilon`-DP."""
+
+    epsilon: float
+    count: int = 1
+
+
+MechanismEvent: TypeAlias = PoissonGaussian | Gaussian | Exponential
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpReceipt:
+    """What one release cost: a mechanism event, for one privacy unit, under one neighbouring relation."""
+
+    event: MechanismEvent
+    unit: str
+    relation: Relation = "add_or_remove_one"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AdapterRelease:
+    """A DP-trained adapter."""
+
+    adapter: Adapter
+    kind: Literal["adapter"] = "adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VectorRelease:
+    """Noisy vectors by name, e.g. dataset vectors per layer. Shapes: each (d,) float32."""
+
+    vectors: Mapping[str, Floats]
+    kind: Literal["vector"] = "vector"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HistogramRelease:
+    """Noisy counts over public bins. Shapes: counts (len(bins),) float32."""
+
+    bins: tuple[str, ...]
+    counts: Floats
+    kind: Literal["histogram"] = "histogram"
+
+
+Release: TypeAlias = AdapterRelease | VectorRelease | HistogramRelease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Upload:
+    """What one site sends in one round. `receipts` is None for a non-private release: its epsilon is infinite."""
+
+    site: str
+    round: int
+    release: Release
+    receipts: tuple[DpReceipt, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A site's answer when it does not train: a code, an opaque id that its own log explains, and nothing else."""
+
+    site: str
+    round: int
+    code: RefusalCode
+    incident: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Merged:
+    """The aggregate of one round. `rejected` maps a site to the rule its upload broke."""
+
+    adapter: Adapter
+    used: tuple[str, ...]
+    rejected: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlCode:
+    """A public condition for synthesis: `text` is the prefix a learner trains under and a synthesizer samples from."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a draft comes from."""
+
+    round: int
+    method: str
+    code: str
+    stream: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A synthetic instruction before anyone has judged it. `id` is a hash of origin and text."""
+
+    id: str
+    instruction: str
+    response: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screened:
+    """A filter's verdict: `kept` is a subsequence of the input, `dropped` maps each other draft's id to a reason."""
+
+    kept: tuple[Draft, ...]
+    dropped: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A synthetic instruction with the professional's answer."""
+
+    draft_id: str
+    instruction: str
+    answer: str
+    teacher: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Broadcast:
+    """What the server sends to every site at the start of a round."""
+
+    round: int
+    adapter: Adapter
+    config_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A measured value with its two-sided 95 % interval over `count` items."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteEpsilon:
+    """What a site's released receipts add up to, as the server recomputes it from receipts alone."""
+
+    site: str
+    spent: float
+    budget: float
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """One line of the journal: what a round did, in figures that may all be published."""
+
+    round: int
+    used: tuple[str, ...]
+    refused: Mapping[str, str]
+    rejected: Mapping[str, str]
+    silent: tuple[str, ...]
+    drafts_written: int
+    drafts_kept: int
+    dropped_by_reason: Mapping[str, int]
+    epsilon: Mapping[str, float]
+    scores: Mapping[str, Mapping[str, Score]]
+    seconds: Mapping[str, float]
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+    hashes: Mapping[str, str]

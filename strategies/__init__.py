@@ -1,0 +1,1 @@
+"""The server side: one round from uploads to a better target model."""

@@ -1,0 +1,1 @@
+"""Aggregators: uploads -> one adapter."""

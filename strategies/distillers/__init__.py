@@ -1,0 +1,1 @@
+"""Distillers: drafts -> lessons."""

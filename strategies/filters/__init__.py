@@ -1,0 +1,1 @@
+"""Filters: drafts -> screened drafts."""

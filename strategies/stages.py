@@ -1,0 +1,55 @@
+"""The five protocols of a server round. A method package implements one of them, one file per method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from fl_app.types import Adapter, Draft, Lesson, Merged, Screened, Upload
+
+
+class Aggregator(Protocol):
+    """Uploads of one round -> one adapter. Free of order; inputs are not changed."""
+
+    def __call__(self, uploads: Sequence[Upload]) -> Merged:
+        """Raises: AdapterMismatch when base, layers, rank or scaling differ; ValueError when there is no upload."""
+        ...
+
+
+class Synthesizer(Protocol):
+    """An adapter of W_loc -> synthetic instructions, from public control codes alone."""
+
+    def __call__(self, adapter: Adapter, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
+        """Same adapter and same generator state give the same drafts, each with complete provenance."""
+        ...
+
+
+class Filter(Protocol):
+    """Drafts -> those kept, and a reason for every other one. Reads synthetic and public text only; idempotent."""
+
+    def __call__(self, drafts: Sequence[Draft], earlier: Sequence[Draft]) -> Screened:
+        """`earlier` are the drafts kept in former rounds; they are never judged again."""
+        ...
+
+
+class Distiller(Protocol):
+    """Drafts -> lessons: the professional writes the answers."""
+
+    def __call__(self, drafts: Sequence[Draft], rng: np.random.Generator) -> Sequence[Lesson]:
+        """At most one lesson per draft, in the order of the drafts.
+
+        Raises: TeacherFailed when the professional cannot be reached for good.
+        """
+        ...
+
+
+class Tuner(Protocol):
+    """An adapter and all lessons so far -> the target adapter. No lessons, no change; base and rank are kept."""
+
+    def __call__(self, adapter: Adapter, lessons: Sequence[Lesson], rng: np.random.Generator) -> Adapter:
+        """Touches released data only."""
+        ...

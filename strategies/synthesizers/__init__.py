@@ -1,0 +1,1 @@
+"""Synthesizers: an adapter -> drafts."""

@@ -1,0 +1,1 @@
+"""Tuners: lessons -> target adapter."""
