@@ -51,10 +51,12 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """[model]: the shared local model W_loc. `name` is a folder, a hub id, a packaged model or `tiny-random`."""
+    """[model]: the shared local model W_loc. `name` is a folder, a hub id, a packaged model or `tiny-random`;
+    `system` is the system message of every chat prompt (empty keeps a template from inserting its own)."""
 
     name: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    system: str = ""
 
 
 class LoraSection(Section):

@@ -124,12 +124,17 @@ Release: TypeAlias = AdapterRelease | VectorRelease | HistogramRelease
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Upload:
-    """What one site sends in one round. `receipts` is None for a non-private release: its epsilon is infinite."""
+    """What one site sends in one round. `receipts` is None for a non-private release: its epsilon is infinite.
+
+    `spent` is the epsilon, at the site's delta, of everything its ledger ever reserved, this round included: a
+    function of public constants, claimed by the site. The server recomputes what this run's receipts add up to.
+    """
 
     site: str
     round: int
     release: Release
     receipts: tuple[DpReceipt, ...] | None
+    spent: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +145,27 @@ class Refusal:
     round: int
     code: RefusalCode
     incident: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """How a site introduces itself: its public name and the public part of its policy."""
+
+    site: str
+    epsilon: float
+    delta: float
+    unit: str
+    spent: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A site's score of a broadcast on public text; `items` 0 means that it has none."""
+
+    site: str
+    round: int
+    items: int
+    bits_per_byte: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -199,8 +225,9 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Broadcast:
-    """What the server sends to every site at the start of a round."""
+    """What the server sends to every site at the start of a round. `run` names the run in every ledger."""
 
+    run: str
     round: int
     adapter: Adapter
     config_digest: str
@@ -218,19 +245,6 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SiteEpsilon:
-    """What a site's released receipts add up to, as the server recomputes it from receipts alone."""
-
-    site: str
-    spent: float
-    budget: float
-    delta: float
-    unit: str
-    relation: str
-    accountant: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundRecord:
     """One line of the journal: what a round did, in figures that may all be published."""
 
@@ -241,7 +255,8 @@ class RoundRecord:
     silent: tuple[str, ...]
     drafts_written: int
     drafts_kept: int
-    dropped_by_reason: Mapping[str, int]
+    dropped: Mapping[str, int]
+    lessons: int
     epsilon: Mapping[str, float]
     scores: Mapping[str, Mapping[str, Score]]
     seconds: Mapping[str, float]

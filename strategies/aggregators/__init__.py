@@ -1,1 +1,10 @@
-"""Aggregators: uploads -> one adapter."""
+"""Aggregators: uploads -> one adapter. The union is the registry: a wrong `kind` lists the right ones."""
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from strategies.aggregators.mean_factors import MeanFactors
+from strategies.aggregators.mean_product import MeanProduct
+
+AnyAggregator: TypeAlias = Annotated[MeanFactors | MeanProduct, Field(discriminator="kind")]

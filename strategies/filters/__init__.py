@@ -1,1 +1,12 @@
-"""Filters: drafts -> screened drafts."""
+"""Filters: drafts -> screened drafts. The union is the registry: a wrong `kind` lists the right ones."""
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from strategies.filters.domain import Domain
+from strategies.filters.length import Length
+from strategies.filters.near_duplicate import NearDuplicate
+from strategies.filters.pii import Pii
+
+AnyFilter: TypeAlias = Annotated[Length | NearDuplicate | Domain | Pii, Field(discriminator="kind")]

@@ -1,0 +1,96 @@
+"""The [client] table, and the site's own policy (`site.toml`), which wins over anything the server asks."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from clients.learners import AnyLearner
+from clients.stages import PublicConstants
+from fl_app.config import Section, Tree, parse
+from fl_app.errors import ConfigInvalid
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class ProbeSection(Section):
+    """[client.probe]: public texts on which a site scores what it was sent; 0 items answers with no score."""
+
+    items: Annotated[int, Field(ge=0, le=1000)] = 0
+
+
+class ClientSection(Section):
+    """[client]: what the server asks of every site. `epsilon` is the most one run may spend of a site's budget."""
+
+    learner: AnyLearner
+    probe: ProbeSection = ProbeSection()
+    epsilon: Annotated[float, Field(gt=0)] = 1e6
+
+
+class _Site(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class _Privacy(Section):
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: Annotated[str, Field(min_length=1)]
+    max_rows_per_unit: Annotated[int, Field(ge=1)] = 1
+
+
+class _Constants(Section):
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    expected_batch: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=8, le=8192)]
+
+
+class _Limits(Section):
+    min_noise_multiplier: Annotated[float, Field(gt=0)]
+    max_noise_multiplier: Annotated[float, Field(gt=0)]
+    max_steps_per_round: Annotated[int, Field(ge=1)]
+    max_rounds: Annotated[int, Field(ge=1)]
+    release_kinds: list[Literal["adapter", "vector", "histogram"]]
+    base_models: list[str] = Field(default_factory=list)
+    simulation: bool = False
+
+
+class SitePolicy(Section):
+    """`site.toml`: what the data holder allows. `max_noise_multiplier`: above it a release would carry no signal."""
+
+    site: _Site
+    privacy: _Privacy
+    constants: _Constants
+    limits: _Limits
+
+    def public_constants(self) -> PublicConstants:
+        """Return the constants a learner may use."""
+        return PublicConstants(
+            sample_rate=self.constants.sample_rate,
+            expected_batch=self.constants.expected_batch,
+            max_tokens=self.constants.max_tokens,
+            max_rows_per_unit=1 if self.privacy.unit == "record" else self.privacy.max_rows_per_unit,
+            unit=self.privacy.unit,
+        )
+
+
+def read_client(tree: Tree) -> ClientSection:
+    """Return the [client] table of a configuration tree."""
+    return parse(ClientSection, tree.get("client", {}), where="client")
+
+
+def read_policy(directory: Path) -> SitePolicy:
+    """Return the policy of a site directory.
+
+    Raises: ConfigInvalid when `site.toml` is absent or says something unknown.
+    """
+    path = directory / "site.toml"
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigInvalid(f"no site.toml in {directory}; a site without a policy trains nothing") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigInvalid(f"{path} is not TOML: {error}") from None
+    return parse(SitePolicy, tree, where="site.toml")

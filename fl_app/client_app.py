@@ -1,0 +1,62 @@
+"""The site's door: Flower's messages in, values to `clients`, replies out. Nothing but wiring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fl_app.origin import check_origin
+
+check_origin()
+
+from clients import local_round  # noqa: E402
+from clients.config import read_client  # noqa: E402
+from fl_app import wire  # noqa: E402
+from fl_app.config import digest, read_tree, shared  # noqa: E402
+from fl_app.errors import PolicyRefusal  # noqa: E402
+from fl_app.types import Broadcast  # noqa: E402
+
+app = ClientApp()
+
+
+def _site(context: Context) -> local_round.Site:
+    """The site of this node: `rows` of its own configuration, or a simulated one's directory under `sites`."""
+    rows = context.node_config.get("rows") or f"{context.run_config['sites']}/{context.node_config['partition-id']}"
+    return local_round.Site(directory=Path(str(rows)))
+
+
+def _settings(context: Context, broadcast: Broadcast) -> local_round.Settings:
+    tree = read_tree(str(context.run_config["config"]), str(context.run_config["overrides"]))
+    if digest(tree) != broadcast.config_digest:
+        raise PolicyRefusal("the server runs another configuration than this bundle's; start the run again")
+    return local_round.Settings(shared=shared(tree), asked=read_client(tree))
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Answer with the site's name and public policy."""
+    site = _site(context)
+    reply = local_round.guarded(site, "", 0, lambda: local_round.hello(site))
+    return Message(wire.pack_reply(reply), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer with a DP release, or a refusal."""
+    site, broadcast = _site(context), wire.unpack_broadcast(message.content)
+    reply = local_round.guarded(
+        site, broadcast.run, broadcast.round, lambda: local_round.train(site, broadcast, _settings(context, broadcast))
+    )
+    return Message(wire.pack_reply(reply), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer with the broadcast's score on public text: free of budget, spent or not."""
+    site, broadcast = _site(context), wire.unpack_broadcast(message.content)
+    reply = local_round.guarded(
+        site, broadcast.run, broadcast.round, lambda: local_round.probe(site, broadcast, _settings(context, broadcast))
+    )
+    return Message(wire.pack_reply(reply), reply_to=message)

@@ -1,0 +1,141 @@
+"""The least noise that keeps a site within its budget: past spending plus the rounds to come.
+
+The site asks this of its own ledger and its own policy; the server's wish enters nowhere. Ask once per run, before
+the first round, and keep the answer: equal rounds merge into one event, and a schedule fixed in advance is what
+numerical composition certifies (federated-methods-and-dp.md 3.4).
+
+Source: root finding on the PLD epsilon, as dp_accounting.calibrate_dp_mechanism; ours keeps the composed past
+between evaluations, searches on a grid of 1e-4 and proves the answer by recomputing what the ledger will compute.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fl_app.errors import BudgetSpent, LedgerRefusal
+from fl_app.privacy.accountants import pld
+from fl_app.privacy.events import check_delta
+from fl_app.types import DpReceipt, PoissonGaussian
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+TICKS = 10_000
+"""Noise multipliers are multiples of 1 / TICKS: four decimals, printed exactly as used."""
+
+MAX_LIFTS = 20
+"""How many ticks the final proof may add. The search differs from the ledger only in the order of convolutions, a
+relative 1e-9 of delta; one tick is far more than that. Observed: none."""
+
+
+def noise_multiplier(
+    past: Sequence[DpReceipt],
+    *,
+    sample_rate: float,
+    steps: int,
+    rounds: int,
+    clip_norm: float,
+    unit: str,
+    epsilon: float,
+    delta: float,
+    floor: float,
+    ceiling: float,
+) -> float:
+    """Return the smallest noise multiplier, to four decimals, with which `rounds` more rounds fit the budget.
+
+    Each round is PoissonGaussian(noise_multiplier, sample_rate, steps, clip_norm) for `unit`, on top of `past`.
+
+    Guarantee: pld.epsilon(past + rounds, delta) <= epsilon, recomputed with the value returned, and
+    floor <= value <= ceiling. A fraction below 1e-4 of the noise is given away by rounding up.
+    Raises: BudgetSpent when even `ceiling` does not fit; LedgerRefusal for a value out of range or foreign units.
+    """
+    check_delta(delta)
+    if not (0 < epsilon < math.inf):
+        raise LedgerRefusal(f"epsilon = {epsilon!r} must be positive and finite")
+    if not (0 < floor <= ceiling < math.inf):
+        raise LedgerRefusal(f"noise floor {floor!r} and ceiling {ceiling!r} must satisfy 0 < floor <= ceiling")
+    if isinstance(rounds, bool) or not rounds >= 1:
+        raise LedgerRefusal(f"rounds = {rounds!r} must be at least 1")
+
+    def schedule(noise: float) -> list[DpReceipt]:
+        event = PoissonGaussian(
+            noise_multiplier=noise, sample_rate=sample_rate, steps=steps * rounds, clip_norm=clip_norm
+        )
+        return [DpReceipt(event=event, unit=unit)]
+
+    def certified(tick: int) -> float:
+        return pld.epsilon([*past, *schedule(tick / TICKS)], delta)
+
+    lowest, highest = _ticks(floor, ceiling)
+    spent_loss = pld.compose(past)
+    least_total = certified(highest)
+    if not least_total <= epsilon:
+        raise BudgetSpent(
+            f"spent {pld.epsilon(past, delta):.4g} of epsilon {epsilon:g} at delta {delta:g} (unit {unit}); {rounds} x "
+            f"{steps} steps at sample rate {sample_rate:g} would make it {least_total:.4g} even with the largest noise "
+            f"multiplier allowed, {highest / TICKS:g}; ask for fewer rounds or steps or a lower sample rate, or raise "
+            "epsilon in the site's policy"
+        )
+    found = _least(
+        lambda tick: pld.read(pld.join(spent_loss, pld.compose(schedule(tick / TICKS))), delta),
+        budget=epsilon,
+        lowest=lowest,
+        highest=highest,
+        at_highest=least_total,
+    )
+    for tick in range(found, min(found + MAX_LIFTS, highest)):
+        if certified(tick) <= epsilon:
+            return tick / TICKS
+    return highest / TICKS  # certified above
+
+
+def _ticks(floor: float, ceiling: float) -> tuple[int, int]:
+    """Return the grid points inside [floor, ceiling]."""
+    lowest, highest = round(floor * TICKS), round(ceiling * TICKS)
+    lowest += lowest / TICKS < floor
+    highest -= highest / TICKS > ceiling
+    if not 1 <= lowest <= highest:
+        raise LedgerRefusal(f"no noise multiplier with four decimals lies in [{floor!r}, {ceiling!r}]")
+    return lowest, highest
+
+
+def _least(spend: Callable[[int], float], *, budget: float, lowest: int, highest: int, at_highest: float) -> int:
+    """Return the smallest tick in [lowest, highest] whose spending fits, given that `highest` fits.
+
+    False position on log(spend) over log(tick), which is nearly straight, with the Anderson-Bjorck correction (the
+    end that stays is weighted down); every fourth turn, and while an end is infinite or zero, the geometric middle.
+    """
+    low, low_gap = lowest, _gap(spend(lowest), budget)
+    if low_gap <= 0:
+        return lowest
+    high, high_gap = highest, _gap(at_highest, budget)
+    turn, low_moved = 0, False
+    while high - low > 1:
+        turn += 1
+        weight = 0.5
+        if turn % 4 and math.isfinite(low_gap) and math.isfinite(high_gap):
+            weight = low_gap / (low_gap - high_gap) if low_gap > high_gap else 0.5
+        guess = math.exp(math.log(low) + weight * (math.log(high) - math.log(low)))
+        # When the last point did not fit, look just above the root, else just below: two looks then close the bracket.
+        middle = min(max(math.ceil(guess) if low_moved else math.floor(guess), low + 1), high - 1)
+        gap = _gap(spend(middle), budget)
+        fits = gap <= 0
+        if fits:
+            low_gap *= _keep(gap, high_gap) if turn > 1 and not low_moved else 1.0
+            high, high_gap = middle, gap
+        else:
+            high_gap *= _keep(gap, low_gap) if turn > 1 and low_moved else 1.0
+            low, low_gap = middle, gap
+        low_moved = not fits
+    return high
+
+
+def _keep(new: float, old: float) -> float:
+    """Return the Anderson-Bjorck weight of the end that stays."""
+    share = 1 - new / old if math.isfinite(old) and old != 0 else 0.0
+    return share if share > 0 else 0.5
+
+
+def _gap(spent: float, budget: float) -> float:
+    return math.log(spent / budget) if spent > 0 else -math.inf

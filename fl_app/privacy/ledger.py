@@ -1,0 +1,338 @@
+"""The budget ledger of one site: what was ever spent on one data set, on that site's own disk.
+
+    reserve (fsync) -> train -> outbox -> commit (fsync) -> send
+
+A reservation is spent the moment it is written; a crash afterwards gives nothing back. So the ledger may over-count
+by a round that was never finished, and never under-counts.
+
+Two files, one directory. `<path>` is append-only JSON lines: a header, then reservations and commits. Each line
+holds its number, the hash of the line before and its own hash, and must equal its canonical form byte for byte.
+`<path>.next` is the line being appended, written, synced and renamed *before* the ledger itself is touched: the next
+opener completes a torn or lost tail from it, so that what was about to be spent counts as spent, in full. It stays
+until the next append and so also tells that a shorter copy of the ledger was put back.
+
+| found on disk                                | meaning                                          | what happens     |
+|----------------------------------------------|--------------------------------------------------|------------------|
+| last line torn or missing, `.next` holds it  | a crash in the middle of an append               | completed, spent |
+| torn tail that `.next` does not continue     | not our crash: edited, or copied without `.next` | LedgerCorrupt    |
+| `.next` ahead by two lines or more           | an older copy was put back                       | LedgerCorrupt    |
+| a byte, a hash, a number or a key is off     | edited                                           | LedgerCorrupt    |
+| both files gone, or both older               | cannot be seen here; `verify(known_head)` can    | new ledger       |
+
+Out of scope: an owner who rewrites both files with fresh hashes. The head travels with every upload, so whoever keeps
+the last one can tell. Every operation takes an exclusive lock and reads the file anew: nothing is remembered between
+calls, threads and processes may share a ledger. Needs POSIX locks: a local disk, not a network share.
+
+Source: ours; order of operations from reliability-and-security.md B4, write-ahead intent from ARIES.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from fl_app.errors import BudgetSpent, LedgerCorrupt, LedgerRefusal
+from fl_app.privacy.accountants import pld
+from fl_app.privacy.chain import (
+    NO_LINE,
+    SCHEMA,
+    WAY_OUT,
+    Committed,
+    Entry,
+    Header,
+    Reserved,
+    read_chain,
+    read_line,
+    seal,
+    to_entry,
+)
+from fl_app.privacy.events import check_together, receipt_to_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
+
+    from fl_app.types import DpReceipt
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """What `reserve` granted. `spent` is the PLD epsilon of the whole ledger with this reservation, at its delta."""
+
+    id: str
+    seq: int
+    spent: float
+
+
+class Ledger:
+    """One site's spending on one data set. Open it with `Ledger.open`; it holds no file open and no state."""
+
+    def __init__(self, path: Path, *, dataset: str, unit: str, clock: Callable[[], datetime]) -> None:
+        self._path = path
+        self._next = path.with_name(path.name + ".next")
+        self._dataset = dataset
+        self._unit = unit
+        self._clock = clock
+
+    @classmethod
+    def open(cls, path: Path, *, dataset: str, unit: str, clock: Callable[[], datetime] = _utc_now) -> Ledger:
+        """Return the ledger at `path` for the data set with fingerprint `dataset`, made when there is none.
+
+        Raises: LedgerCorrupt when the file is of another data set or unit, torn, rolled back or edited, naming the
+        line and the way out; LedgerRefusal when it cannot be written.
+        """
+        if not dataset or not unit:
+            raise LedgerRefusal(f"a ledger needs a data set and a unit, not {dataset!r} and {unit!r}")
+        ledger = cls(path, dataset=dataset, unit=unit, clock=clock)
+        ledger._writing(lambda: _make_folder(path.parent))
+        with ledger._locked():
+            pass
+        return ledger
+
+    def reserve(
+        self, *, run: str, round_number: int, receipts: Sequence[DpReceipt], epsilon: float, delta: float
+    ) -> Reservation:
+        """Spend `receipts` if everything ever reserved plus them stays within `epsilon` at `delta`.
+
+        Reserving the same run and round again costs again: the earlier one may have released something.
+
+        Guarantee: when this returns, the spending is on disk; when it raises BudgetSpent, nothing was written.
+        Raises: BudgetSpent; LedgerCorrupt; LedgerRefusal for no receipts, a foreign unit, an unknown event, a
+        non-finite budget, or a disk that cannot be written (then it may count as spent, and nothing was released).
+        """
+        if not 0 < epsilon < float("inf"):
+            raise LedgerRefusal(f"budget epsilon = {epsilon!r} must be positive and finite")
+        if not round_number >= 0:
+            raise LedgerRefusal(f"round {round_number!r} is not a round")
+        if not run or not receipts:
+            raise LedgerRefusal("a reservation needs a run and at least one receipt; a release without any is refused")
+        self._check_unit(receipts)
+        with self._locked() as book:
+            total = pld.epsilon([*book.receipts, *receipts], delta)
+            if not total <= epsilon:
+                spent, asked = pld.epsilon(book.receipts, delta), pld.epsilon(receipts, delta)
+                raise BudgetSpent(
+                    f"spent {spent:.4g} of epsilon {epsilon:g} at delta {delta:g} (unit {self._unit}, {pld.label()}); "
+                    f"run {run} round {round_number} asks {asked:.4g}, together {total:.4g}; ask for less, or raise "
+                    "epsilon in the site's policy"
+                )
+            # Unique in this chain and equal in equal simulations: it names its place in the chain.
+            place = f"{book.head}/{len(book.entries)}/{run}/{round_number}"
+            reservation_id = hashlib.sha256(place.encode()).hexdigest()[:16]
+            body = {
+                "kind": "reserve",
+                "id": reservation_id,
+                "run": run,
+                "round": round_number,
+                "receipts": [receipt_to_dict(receipt) for receipt in receipts],
+            }
+            entry = self._append(book, body)
+        return Reservation(id=reservation_id, seq=entry.seq, spent=total)
+
+    def commit(self, reservation_id: str, *, sha256: str) -> None:
+        """Record that a reservation became the artefact with this hash (64 lower-case hex digits).
+
+        Raises: LedgerRefusal for an unknown reservation, one committed before, or something that is no hash.
+        """
+        if len(sha256) != len(NO_LINE) or set(sha256) - set("0123456789abcdef"):
+            raise LedgerRefusal(f"{sha256[:80]!r} is no SHA-256 in lower-case hex")
+        with self._locked() as book:
+            if not any(isinstance(e, Reserved) and e.id == reservation_id for e in book.entries):
+                raise LedgerRefusal(f"no reservation {reservation_id!r} in {self._path}; reserve before you train")
+            for entry in book.entries:
+                if isinstance(entry, Committed) and entry.id == reservation_id:
+                    raise LedgerRefusal(
+                        f"reservation {reservation_id} was committed as {entry.sha256}; resend that from the outbox"
+                    )
+            self._append(book, {"kind": "commit", "id": reservation_id, "sha256": sha256})
+
+    def receipts(self) -> tuple[DpReceipt, ...]:
+        """Return everything ever reserved, in order, committed or not. Raises: LedgerCorrupt."""
+        with self._locked() as book:
+            return book.receipts
+
+    def spent(self, delta: float) -> float:
+        """Return the PLD epsilon of everything ever reserved, at `delta`. Raises: LedgerCorrupt, LedgerRefusal."""
+        return pld.epsilon(self.receipts(), delta)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return every line, the header first. Raises: LedgerCorrupt."""
+        with self._locked() as book:
+            return tuple(book.entries)
+
+    @property
+    def head(self) -> str:
+        """The hash of the last line, to travel with an upload. Raises: LedgerCorrupt."""
+        with self._locked() as book:
+            return book.head
+
+    def committed(self, run: str, round_number: int) -> str | None:
+        """Return the hash of the last artefact committed for this run and round, if any. Raises: LedgerCorrupt."""
+        entries = self.entries()
+        ids = {e.id for e in entries if isinstance(e, Reserved) and (e.run, e.round) == (run, round_number)}
+        found = [e.sha256 for e in entries if isinstance(e, Committed) and e.id in ids]
+        return found[-1] if found else None
+
+    def verify(self, known_head: str | None = None) -> None:
+        """Return when the chain is whole and, if given, `known_head` is the hash of one of its lines.
+
+        Raises: LedgerCorrupt.
+        """
+        hashes = {entry.hash for entry in self.entries()}
+        if known_head is not None and known_head not in hashes:
+            raise LedgerCorrupt(f"{self._path} does not contain head {known_head}: it was rolled back; {WAY_OUT}")
+
+    def _check_unit(self, receipts: Sequence[DpReceipt]) -> None:
+        check_together(receipts)
+        if receipts[0].unit != self._unit:
+            raise LedgerRefusal(f"receipts are per {receipts[0].unit!r}, the ledger is per {self._unit!r}")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[_Book]:
+        """Hold the ledger alone, with its tail completed, its header there and its chain checked."""
+        descriptor = self._writing(lambda: os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            content = self._complete_tail(descriptor)
+            book = _Book(descriptor=descriptor, entries=read_chain(content, self._path))
+            if not book.entries:
+                self._append(book, {"kind": "header", "schema": SCHEMA, "dataset": self._dataset, "unit": self._unit})
+            self._check_header(book.entries[0])
+            yield book
+        finally:
+            os.close(descriptor)  # and the lock with it
+
+    def _check_header(self, header: Entry) -> None:
+        if not isinstance(header, Header):
+            raise LedgerCorrupt(f"{self._path} line 1 is no header; {WAY_OUT}")
+        for name, found, wanted in (
+            ("data set", header.dataset, self._dataset),
+            ("unit", header.unit, self._unit),
+        ):
+            if found != wanted:
+                raise LedgerCorrupt(
+                    f"{self._path} line 1 is the ledger of {name} {found!r}, not {wanted!r}; give this one its own path"
+                )
+
+    def _complete_tail(self, descriptor: int) -> bytes:
+        """Return the ledger's bytes after finishing the append that `.next` announces, if it was interrupted."""
+        content = _read_all(descriptor)
+        whole, newline, torn = content.rpartition(b"\n")
+        whole += newline
+        lines = whole.count(b"\n")
+        try:
+            intent = self._next.read_bytes()
+        except FileNotFoundError:
+            intent = b""
+        if not intent:
+            if torn:
+                raise LedgerCorrupt(f"{self._path} line {lines + 1} is torn, and there is no .next; {WAY_OUT}")
+            return content
+        announced = read_line(intent.removesuffix(b"\n"), self._next, 1)
+        if announced["seq"] == lines and intent.endswith(b"\n"):
+            if not intent.startswith(torn):
+                raise LedgerCorrupt(f"{self._path} line {lines + 1} is torn and is not what .next holds; {WAY_OUT}")
+            read_chain(whole + intent, self._path)  # never complete a chain that .next does not continue
+            self._write_all(descriptor, intent[len(torn) :])
+            return whole + intent
+        last = whole.rstrip(b"\n").rpartition(b"\n")[2]
+        if torn or announced["seq"] != lines - 1 or last + b"\n" != intent:
+            read_chain(whole, self._path)  # when a line was changed, name that line first
+            raise LedgerCorrupt(
+                f"{self._path} ends at line {lines}, but .next holds line {announced['seq'] + 1}: "
+                f"an older or another copy was put back; {WAY_OUT}"
+            )
+        return content
+
+    def _append(self, book: _Book, body: dict[str, Any]) -> Entry:
+        """Announce the line in `.next`, then append it; both on disk when this returns."""
+        time = self._clock().astimezone(UTC).isoformat(timespec="seconds")
+        line = {"seq": len(book.entries), "prev": book.head, "time": time, **body}
+        data = seal(line)
+        entry = to_entry(line, self._path)  # refuse here what a reader would refuse, before anything is written
+        self._announce(data)
+        self._write_all(book.descriptor, data)
+        book.entries.append(entry)
+        return entry
+
+    def _announce(self, data: bytes) -> None:
+        """Put `data` into `.next`, whole or not at all."""
+        fresh = self._next.with_name(self._next.name + ".tmp")
+
+        def write() -> None:
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                self._write_all(descriptor, data)
+            finally:
+                os.close(descriptor)
+            os.replace(fresh, self._next)  # noqa: PTH105 - the calls that the crash tests interrupt are all os.*
+            _sync_folder(self._path.parent)
+
+        self._writing(write)
+
+    def _write_all(self, descriptor: int, data: bytes) -> None:
+        def write() -> None:
+            rest = data
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+
+        self._writing(write)
+
+    def _writing(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            raise LedgerRefusal(
+                f"cannot write {self._path}: {error.strerror}; nothing was released; free some space or fix the "
+                "directory's permissions, and run again"
+            ) from error
+
+
+@dataclass(slots=True, kw_only=True)
+class _Book:
+    """The ledger while it is locked."""
+
+    descriptor: int
+    entries: list[Entry]
+
+    @property
+    def head(self) -> str:
+        return self.entries[-1].hash if self.entries else NO_LINE
+
+    @property
+    def receipts(self) -> tuple[DpReceipt, ...]:
+        return tuple(receipt for e in self.entries if isinstance(e, Reserved) for receipt in e.receipts)
+
+
+def _read_all(descriptor: int) -> bytes:
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    parts: list[bytes] = []
+    while part := os.read(descriptor, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder whose names are on disk, not only in memory."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync_folder(made.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""Token sequences that carry a loss on their second half, bucketed by length, and their loss one by one.
+
+Both a site's learner and the server's tuner train on (prefix, text) pairs: the prefix carries no loss (prefix-LM), the
+text does, averaged over its own tokens. Nothing here averages over a batch: a batch-wide token mean would couple
+examples and break per-example clipping.
+
+Legend of shapes: B = rows of a micro-batch, T = padded length, V = vocabulary, N = positions that carry loss.
+Source: Kurakin et al. 2023 (2306.01684) for the prefix-LM loss; specs `performance.md` 2 for sorting and for
+computing logits only where a loss is due.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+class TokenSequence:
+    """Token ids and the index of the first token that carries loss. Hides its repr: it may be private text."""
+
+    ids: tuple[int, ...]
+    loss_from: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+class MicroBatch:
+    """Right-padded rows. Shapes: ids, mask (B, T) int64; loss_mask (B, T - 1) bool over predicted positions."""
+
+    rows: tuple[int, ...]
+    ids_BT: Any
+    mask_BT: Any
+    loss_mask_BT: Any
+
+
+def encode(tokenizer: Any, prefix: str, text: str, *, max_tokens: int, end: bool = True) -> TokenSequence:
+    """Return prefix + text (+ end token), cut on the right at `max_tokens`.
+
+    A prefix longer than `max_tokens - 1` is cut on the left, so that at least one token of the text carries loss;
+    an empty text without an end token carries none and has a loss of zero.
+    """
+    prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"][-(max_tokens - 1) :]
+    text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if end:
+        text_ids = [*text_ids, tokenizer.eos_token_id]
+    if not prefix_ids:
+        prefix_ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return TokenSequence(ids=tuple([*prefix_ids, *text_ids][:max_tokens]), loss_from=len(prefix_ids))
+
+
+def micro_batches(sequences: Sequence[TokenSequence], *, max_batch_tokens: int, pad_id: int) -> list[MicroBatch]:
+    """Return the sequences sorted by length in batches of at most `max_batch_tokens` padded tokens.
+
+    `rows` of a batch are indices into `sequences`. A single row longer than the limit is a batch of its own.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i].ids), i))
+    batches: list[list[int]] = []
+    for index in order:
+        width = len(sequences[index].ids)
+        if batches and width * (len(batches[-1]) + 1) <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return [_pad(sequences, rows, pad_id) for rows in batches]
+
+
+def example_losses(model: Any, batch: MicroBatch) -> Any:
+    """Return each row's mean negative log-likelihood over its own loss positions, in nats. Shape: (B,) float32.
+
+    `model` is a PEFT model of a causal language model; logits are computed only where a loss is due (N of B * T).
+    """
+    import torch
+
+    core = model.get_base_model()
+    hidden_BTD = core.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
+    rows_N, positions_N = batch.loss_mask_BT.nonzero(as_tuple=True)
+    logits_NV = core.get_output_embeddings()(hidden_BTD[rows_N, positions_N]).float()
+    targets_N = batch.ids_BT[rows_N, positions_N + 1]
+    losses_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    counts_B = batch.loss_mask_BT.sum(dim=1).clamp(min=1)
+    totals_B = torch.zeros(len(batch.rows), dtype=torch.float32).index_add(0, rows_N, losses_N)
+    return totals_B / counts_B
+
+
+def _pad(sequences: Sequence[TokenSequence], rows: Sequence[int], pad_id: int) -> MicroBatch:
+    import torch
+
+    width = max(len(sequences[i].ids) for i in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    loss = torch.zeros((len(rows), width - 1), dtype=torch.bool)
+    for row, index in enumerate(rows):
+        sequence = sequences[index]
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        mask[row, : len(sequence.ids)] = 1
+        loss[row, sequence.loss_from - 1 : len(sequence.ids) - 1] = True
+    return MicroBatch(rows=tuple(rows), ids_BT=ids, mask_BT=mask, loss_mask_BT=loss)

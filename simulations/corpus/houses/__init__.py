@@ -1,0 +1,1 @@
+"""The four houses that people write to: one file per house, words only, no logic."""

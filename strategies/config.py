@@ -1,0 +1,137 @@
+"""The [server] table, and the pipeline it describes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from fl_app import lora, models, text
+from fl_app.config import Section, SharedConfig, Tree, digest, parse
+from fl_app.errors import ConfigInvalid
+from fl_app.journal import Journal
+from fl_app.seeds import stream
+from strategies.aggregators import AnyAggregator
+from strategies.distillers import AnyDistiller
+from strategies.exam import ExamSection, read_exam
+from strategies.filters import AnyFilter
+from strategies.lab import Lab
+from strategies.pipeline import Pipeline, Stages
+from strategies.synthesizers import AnySynthesizer
+from strategies.tuners import AnyTuner
+
+if TYPE_CHECKING:
+    from fl_app.models import FrozenModel
+    from fl_app.types import Adapter
+
+
+class NetworkSection(Section):
+    """[server.network]: how many nodes to wait for, how long, and the share of them a round needs."""
+
+    sites: Annotated[int, Field(ge=1)]
+    wait_s: Annotated[float, Field(gt=0)] = 120.0
+    reply_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    poll_s: Annotated[float, Field(gt=0)] = 0.5
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class ProfessionalSection(Section):
+    """[server.professional]: W_pro as a local model. Empty `model`: the local model's base; empty `adapter`: none.
+
+    `public_text` is a JSON-lines file whose words are never personal data (the professional's own training text).
+    """
+
+    name: str = "professional"
+    model: str = ""
+    adapter: str = ""
+    public_text: str = ""
+
+
+class ServerSection(Section):
+    """[server]."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
+    network: NetworkSection
+    professional: ProfessionalSection
+    aggregator: AnyAggregator
+    synthesizer: AnySynthesizer
+    filters: list[AnyFilter]
+    distiller: AnyDistiller
+    tuner: AnyTuner
+    exam: ExamSection
+
+
+def read_server(tree: Tree) -> ServerSection:
+    """Return the [server] table of a configuration tree."""
+    return parse(ServerSection, tree.get("server", {}), where="server")
+
+
+def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str) -> Pipeline:
+    """Return the pipeline of one run: models loaded, stages built, the run directory opened.
+
+    Raises: ConfigInvalid, ModelMissing, AdapterMismatch, each before anything is sent to a site.
+    """
+    if not shared.run.directory:
+        raise ConfigInvalid("run.directory is empty: give the absolute path of the run directory")
+    exam = read_exam(server.exam, seed=shared.run.seed)
+    local = models.load(shared.model.name, shared.model.dtype)
+    spec = lora.spec_of(local, shared.lora)
+    professional = models.load(server.professional.model or shared.model.name, shared.model.dtype)
+    lab = Lab(
+        local=local,
+        professional=professional,
+        professional_adapter=_professional_adapter(server.professional, professional),
+        professional_name=server.professional.name,
+        system=shared.model.system,
+        threads=server.threads,
+        batch_rows=server.batch_rows,
+        public_words=_public_words(server.professional),
+    )
+    stages = Stages(
+        aggregator=server.aggregator.build(),
+        synthesizer=server.synthesizer.build(lab),
+        filters=tuple((section.kind, section.build(lab)) for section in server.filters),
+        distiller=server.distiller.build(lab),
+        tuner=server.tuner.build(lab),
+    )
+    return Pipeline(
+        run=run,
+        shared=shared,
+        spec=spec,
+        lab=lab,
+        stages=stages,
+        exam=exam,
+        journal=Journal(Path(shared.run.directory)),
+        config_digest=digest(tree),
+        tree=tree,
+        start=lora.initial(spec, stream(shared.run.seed, "initial adapter")),
+        quorum=server.network.quorum,
+    )
+
+
+def _professional_adapter(section: ProfessionalSection, frozen: FrozenModel) -> Adapter | None:
+    if not section.adapter:
+        return None
+    folder = Path(section.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigInvalid(
+            f"server.professional.adapter: no PEFT adapter in {folder}; make one with `make professional`"
+        )
+    return lora.load_peft(folder, base=frozen.resolved.sha256)
+
+
+def _public_words(section: ProfessionalSection) -> frozenset[str]:
+    if not section.public_text:
+        return frozenset()
+    path = Path(section.public_text)
+    if not path.is_file():
+        raise ConfigInvalid(f"server.professional.public_text: no file at {path}")
+    words: set[str] = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line) if line.strip() else {}
+        for key in ("instruction", "input", "output"):
+            words.update(word.lower() for word in text.words(str(row.get(key, ""))))
+    return frozenset(words)

@@ -1,0 +1,191 @@
+"""KnowledgeSG as a Flower strategy: it configures waves and aggregates their replies; decisions are the pipeline's.
+
+One wave of training per round carries the target down and the DP releases up; after the last round, one wave of
+evaluation lets every site score the final target on public text.
+
+Source: KnowledgeSG (2410.05725), made multi-site, multi-round, and without private exemplars on the server.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp.strategy import Result, Strategy
+
+from fl_app import wire
+from fl_app.errors import StillroomError, WireViolation
+from fl_app.types import Refusal, Upload
+from strategies.cohort import Cohort, exchange, gather
+from strategies.pipeline import Collected
+from strategies.summary import write_summary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from flwr.serverapp import Grid
+
+    from strategies.config import NetworkSection
+    from strategies.pipeline import Pipeline
+
+
+class Knowledge(Strategy):
+    """The rounds of one run.
+
+    `start` waits for the sites and bounds every wave; Flower's own loop over the four methods below plays the same
+    rounds, once `open` has been called.
+    """
+
+    def __init__(self, pipeline: Pipeline, network: NetworkSection) -> None:
+        self.pipeline = pipeline
+        self.network = network
+        self.cohort = Cohort(hellos={}, unready={})
+        self._bytes_down = 0
+        self._seconds = 0.0
+
+    def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
+        """Play every round of the configuration and return Flower's result (the last target's arrays).
+
+        Raises: RoundFailed; `summary.json` then holds what was reached, and the last good target is in its place.
+        """
+        began = time.monotonic()
+        pipeline = self.pipeline
+        rounds = pipeline.shared.run.rounds
+        result = Result()
+        try:
+            self.open(grid)
+            for number in range(1, rounds + 1):
+                pipeline.journal.event("round_started", round=number, rounds=rounds)
+                messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+                replies = self._wave(grid, "train", number, messages)
+                result.arrays, _ = self.aggregate_train(number, replies)
+            messages = self.configure_evaluate(rounds, ArrayRecord(), ConfigRecord(), grid)
+            replies = self._wave(grid, "broadcast", rounds, messages)
+            metrics = self.aggregate_evaluate(rounds, replies)
+            if metrics is not None:
+                result.evaluate_metrics_clientapp[rounds] = metrics
+        except StillroomError as error:
+            pipeline.journal.event("run_failed", error=type(error).__name__, message=str(error))
+            write_summary(pipeline, status="failed", error=str(error), seconds=time.monotonic() - began)
+            raise
+        finally:
+            pipeline.lab.close()
+        write_summary(pipeline, status="completed", seconds=time.monotonic() - began)
+        pipeline.journal.event("run_finished")
+        return result
+
+    def open(self, grid: Grid) -> None:
+        """Wait for the sites, learn their names and begin the run."""
+        network = self.network
+        self.cohort = gather(grid, sites=network.sites, wait_s=network.wait_s, poll_s=network.poll_s)
+        hellos = {hello.site: hello for hello in self.cohort.hellos.values()}
+        self.pipeline.open(hellos, {f"node {i}": why for i, why in enumerate(self.cohort.unready.values())})
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the wave of a round: the pipeline's target to every site. `arrays` and `config` are not used."""
+        return self._to_all(server_round, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Play the server's part of the round and return the new target; never None.
+
+        Raises: RoundFailed.
+        """
+        self.pipeline.play(server_round, self._collect(replies))
+        arrays = wire.pack_broadcast(self.pipeline.broadcast(server_round))["arrays"]
+        assert isinstance(arrays, ArrayRecord)
+        return arrays, None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the wave that lets every site score the target on public text."""
+        return self._to_all(server_round, MessageType.EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the mean bits per byte over the sites that scored, and tell the journal about each."""
+        found: list[float] = []
+        for reply in self._ordered(replies):
+            site = self.cohort.hellos[reply.metadata.src_node_id].site
+            if reply.has_error():
+                continue
+            try:
+                probe = wire.unpack_probe(reply.content)
+            except WireViolation as error:
+                self.pipeline.journal.event("probe", site=site, error=str(error)[:200])
+                continue
+            if probe.items:
+                found.append(probe.bits_per_byte)
+            self.pipeline.journal.event("probe", site=site, items=probe.items, bits_per_byte=probe.bits_per_byte)
+        return MetricRecord({"bits_per_byte": sum(found) / len(found)}) if found else None
+
+    def summary(self) -> None:
+        """Say nothing: the journal and `summary.json` say it."""
+
+    def _to_all(self, number: int, kind: str) -> list[Message]:
+        content = wire.pack_broadcast(self.pipeline.broadcast(number))
+        self._bytes_down = wire.num_bytes(content)
+        ttl = self.network.reply_timeout_s
+        return [Message(content, node, kind, group_id=str(number), ttl=ttl) for node in self.cohort.nodes()]
+
+    def _wave(self, grid: Grid, phase: str, number: int, messages: Iterable[Message]) -> list[Message]:
+        """Send a wave and return what came in time, telling the journal as it comes."""
+        wave = list(messages)
+        journal = self.pipeline.journal
+        done: list[Message] = []
+
+        def progress(reply: Message) -> None:
+            done.append(reply)
+            journal.event("phase_progress", round=number, phase=phase, done=len(done), total=len(wave))
+
+        with self.pipeline.phase(number, phase):
+            began = time.monotonic()
+            exchange(
+                grid, wave, timeout_s=self.network.reply_timeout_s, poll_s=self.network.poll_s, on_reply=progress
+            )
+            self._seconds = round(time.monotonic() - began, 3)
+        return done
+
+    def _ordered(self, replies: Iterable[Message]) -> list[Message]:
+        known = [reply for reply in replies if reply.metadata.src_node_id in self.cohort.hellos]
+        return sorted(known, key=lambda reply: self.cohort.hellos[reply.metadata.src_node_id].site)
+
+    def _collect(self, replies: Iterable[Message]) -> Collected:
+        """Sort the replies of a wave into uploads, refusals, broken messages and silence."""
+        uploads: list[Upload] = []
+        refusals: list[Refusal] = []
+        broken: dict[str, str] = {}
+        bytes_up: dict[str, int] = {}
+        for message in self._ordered(replies):
+            site = self.cohort.hellos[message.metadata.src_node_id].site
+            if message.has_error():
+                broken[site] = f"error: code {message.error.code}"
+                continue
+            bytes_up[site] = wire.num_bytes(message.content)
+            try:
+                reply = wire.unpack_reply(message.content)
+            except WireViolation as error:
+                broken[site] = f"wire: {error}"
+                continue
+            if reply.site != site:
+                broken[site] = "site: the reply names another site"
+            elif isinstance(reply, Upload):
+                uploads.append(reply)
+            else:
+                refusals.append(reply)
+        sites = [self.cohort.hellos[node].site for node in self.cohort.nodes()]
+        heard = {*broken, *(upload.site for upload in uploads), *(refusal.site for refusal in refusals)}
+        return Collected(
+            uploads=tuple(uploads),
+            refusals=tuple(refusals),
+            broken=broken,
+            silent=tuple(site for site in sites if site not in heard),
+            asked=len(sites),
+            bytes_up=bytes_up,
+            bytes_down=dict.fromkeys(sites, self._bytes_down),
+            seconds=self._seconds,
+        )

@@ -1,0 +1,92 @@
+"""Synthetic instructions from public control codes, written by W_loc with the sites' merged adapter.
+
+The prompt is a control code's text and nothing else: no private exemplar, ever. What the model knows of private
+messages it knows through DP releases, so everything it writes is post-processing of them.
+
+Source: Kurakin et al. 2023 (2306.01684), conditional sampling after prefix-LM tuning; KnowledgeSG (2410.05725) samples
+from prompts with three raw private rows, which voids the guarantee (specs, 1.7): ours does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from fl_app import journal
+from fl_app.config import Section
+from fl_app.errors import ConfigInvalid
+from fl_app.types import ControlCode, Draft, Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from fl_app.types import Adapter
+    from strategies.lab import Lab
+    from strategies.stages import Synthesizer
+
+
+class ControlCodes(Section):
+    """[server.synthesizer] kind = "control_codes": `drafts` per round, codes drawn evenly from the file `codes`."""
+
+    kind: Literal["control_codes"]
+    codes: str
+    drafts: Annotated[int, Field(ge=1, le=1_000_000)]
+    max_new_tokens: Annotated[int, Field(ge=4, le=4096)] = 64
+    temperature: Annotated[float, Field(gt=0, le=5)] = 0.9
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+    def build(self, lab: Lab) -> Synthesizer:
+        """Return the stage over the codes of the file.
+
+        Raises: ConfigInvalid when the file is missing or holds no code.
+        """
+        return CodedSampling(section=self, lab=lab, codes=read_codes(Path(self.codes)))
+
+
+def read_codes(path: Path) -> tuple[ControlCode, ...]:
+    """Return the public control codes of a JSON-lines file with `id` and `text`."""
+    if not path.is_file():
+        raise ConfigInvalid(f"server.synthesizer.codes: no file at {path!s}; expected JSON lines with id and text")
+    codes = tuple(ControlCode(id=str(row["id"]), text=str(row["text"])) for row in journal.read_lines(path))
+    if not codes:
+        raise ConfigInvalid(f"server.synthesizer.codes: {path} holds no control code")
+    return codes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedSampling:
+    """A `Synthesizer`."""
+
+    section: ControlCodes
+    lab: Lab
+    codes: Sequence[ControlCode]
+
+    def __call__(self, adapter: Adapter, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
+        """Return `drafts` texts; every code is used equally often, give or take one, in random order."""
+        order: list[int] = []
+        while len(order) < self.section.drafts:
+            order += [int(i) for i in rng.permutation(len(self.codes))]
+        chosen = [self.codes[i] for i in order[: self.section.drafts]]
+        writer = self.lab.local_with(adapter, "W_loc + sites")
+        texts = writer.generate(
+            [code.text for code in chosen],
+            max_new_tokens=self.section.max_new_tokens,
+            temperature=self.section.temperature,
+            top_p=self.section.top_p,
+            rng=rng,
+        )
+        return tuple(
+            _draft(text.strip(), Origin(round=round_number, method=self.section.kind, code=code.id, stream=str(index)))
+            for index, (code, text) in enumerate(zip(chosen, texts, strict=True))
+        )
+
+
+def _draft(text: str, origin: Origin) -> Draft:
+    key = f"{origin.round}\x1f{origin.method}\x1f{origin.code}\x1f{origin.stream}\x1f{text}"
+    return Draft(id=hashlib.sha256(key.encode()).hexdigest()[:16], instruction=text, response="", origin=origin)

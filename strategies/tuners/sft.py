@@ -1,0 +1,121 @@
+"""Supervised fine-tuning of the target adapter on lessons, with the loss on the answer alone.
+
+A step takes `batch_size` lessons; its micro-batches run side by side on the lab's threads and their gradients are
+summed in a fixed order, so the result does not depend on the number of threads.
+
+Source: KnowledgeSG (2410.05725), step 6; AdamW, Loshchilov & Hutter 2017. trl's SFTTrainer is not used because its
+result depends on global random state and on the number of workers (DECISIONS.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from fl_app import lora, models, sequences
+from fl_app.config import Section
+from fl_app.errors import RoundFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from fl_app.sequences import MicroBatch
+    from fl_app.types import Adapter, Lesson
+    from strategies.lab import Lab
+    from strategies.stages import Tuner
+
+
+class Sft(Section):
+    """[server.tuner] kind = "sft". Linear warm-up over `warmup` of the steps, then cosine to a tenth."""
+
+    kind: Literal["sft"]
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    micro_batch_tokens: Annotated[int, Field(ge=16)] = 1024
+    max_tokens: Annotated[int, Field(ge=8)] = 192
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+    def build(self, lab: Lab) -> Tuner:
+        """Return the stage."""
+        return SupervisedTuning(section=self, lab=lab)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedTuning:
+    """A `Tuner`."""
+
+    section: Sft
+    lab: Lab
+
+    def __call__(self, adapter: Adapter, lessons: Sequence[Lesson], rng: np.random.Generator) -> Adapter:
+        """Return the tuned adapter; without lessons, the same one.
+
+        Raises: RoundFailed when the loss is not finite: the last good target then stays.
+        """
+        if not lessons:
+            return adapter
+        import torch
+
+        tokenizer = self.lab.local.tokenizer
+        system = self.lab.system
+        examples = [
+            sequences.encode(
+                tokenizer,
+                models.chat_prompt(tokenizer, lesson.instruction, system),
+                lesson.answer,
+                max_tokens=self.section.max_tokens,
+            )
+            for lesson in lessons
+        ]
+        model = self.lab.trainee(adapter)
+        weights = list(lora.parameters(model).values())
+        optimizer = torch.optim.AdamW(weights, lr=self.section.learning_rate, weight_decay=self.section.weight_decay)
+        per_epoch = math.ceil(len(examples) / self.section.batch_size)
+        total = per_epoch * self.section.epochs
+        order: list[int] = []
+        for step in range(total):
+            if step % per_epoch == 0:
+                order = [int(i) for i in rng.permutation(len(examples))]
+            start = (step % per_epoch) * self.section.batch_size
+            chosen = [examples[i] for i in order[start : start + self.section.batch_size]]
+            gradients = self._gradients(model, weights, chosen, tokenizer.pad_token_id)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient / len(chosen)
+            norm = torch.nn.utils.clip_grad_norm_(weights, self.section.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise RoundFailed(f"tuner: gradient norm {float(norm)} at step {step} of {total}; lower learning_rate")
+            for group in optimizer.param_groups:
+                group["lr"] = self.section.learning_rate * self._schedule(step, total)
+            optimizer.step()
+            self.lab.progress(step + 1, total)
+        return lora.read(model, alpha=adapter.alpha, base=adapter.base)
+
+    def _gradients(self, model: Any, weights: list[Any], chosen: Sequence[Any], pad_id: int) -> list[Any]:
+        """Return the sum over `chosen` of the gradients of their losses."""
+        import torch
+
+        def one(batch: MicroBatch) -> Any:
+            return torch.autograd.grad(sequences.example_losses(model, batch).sum(), weights)
+
+        batches = sequences.micro_batches(chosen, max_batch_tokens=self._cut(chosen), pad_id=pad_id)
+        parts = self.lab.side_by_side(one, batches)
+        return [torch.stack(list(column)).sum(0) for column in zip(*parts, strict=True)]
+
+    def _cut(self, chosen: Sequence[Any]) -> int:
+        """Return padded tokens per micro-batch: at most the configured number, and at least two batches a step."""
+        half = math.ceil(len(chosen) / 2) * max(len(sequence.ids) for sequence in chosen)
+        return min(self.section.micro_batch_tokens, half)
+
+    def _schedule(self, step: int, total: int) -> float:
+        warm = max(1, int(self.section.warmup * total))
+        if step < warm:
+            return (step + 1) / warm
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))

@@ -1,0 +1,61 @@
+"""What a site sent is held against the server's own spec; the first broken rule is named, nothing is repaired."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fl_app.privacy.accountants import pld
+from fl_app.types import AdapterRelease
+
+if TYPE_CHECKING:
+    from fl_app.lora import LoraSpec
+    from fl_app.types import Hello, Upload
+
+TOLERANCE = 1e-6
+"""Relative slack between two computations of one epsilon on different machines."""
+
+
+def broken_rule(upload: Upload, *, spec: LoraSpec, site: Hello | None, round_number: int) -> str:
+    """Return the rule an upload breaks, with the layer where there is one; empty when it is sound."""
+    if site is None:
+        return "site: not a member of this run"
+    if upload.round != round_number:
+        return f"round: is for round {upload.round}, this is {round_number}"
+    if not isinstance(upload.release, AdapterRelease):
+        return f"kind: {upload.release.kind} where an adapter is asked"
+    return _broken_adapter(upload, spec) or _broken_receipts(upload, site)
+
+
+def _broken_adapter(upload: Upload, spec: LoraSpec) -> str:
+    assert isinstance(upload.release, AdapterRelease)
+    adapter = upload.release.adapter
+    if adapter.base != spec.base:
+        return f"base: {adapter.base[:12]}, ours is {spec.base[:12]}"
+    if adapter.layers.keys() != spec.shapes.keys():
+        return f"layers: differ in {sorted(adapter.layers.keys() ^ spec.shapes.keys())[:2]}"
+    if adapter.alpha != spec.alpha:
+        return f"alpha: {adapter.alpha}, ours is {spec.alpha}"
+    for name, (d_in, d_out) in spec.shapes.items():
+        factors = adapter.layers[name]
+        if factors.a.shape != (spec.rank, d_in) or factors.b.shape != (d_out, spec.rank):
+            return f"shape: {name} is {factors.a.shape} and {factors.b.shape}"
+        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+            return f"finite: {name} holds NaN or infinity"
+    return ""
+
+
+def _broken_receipts(upload: Upload, site: Hello) -> str:
+    if not upload.receipts:
+        return "receipt: none, so the release is not private"
+    if any(receipt.unit != site.unit for receipt in upload.receipts):
+        return f"receipt: unit is not {site.unit}"
+    recomputed = pld.epsilon(upload.receipts, site.delta)
+    if not recomputed <= upload.spent * (1 + TOLERANCE):
+        return f"receipt: adds up to {recomputed:.4g}, the site says {upload.spent:.4g} in all"
+    if not upload.spent <= site.epsilon * (1 + TOLERANCE):
+        return f"receipt: spent {upload.spent:.4g} of a budget of {site.epsilon:g}"
+    if not upload.spent >= site.spent * (1 - TOLERANCE):
+        return f"receipt: spent {upload.spent:.4g} is less than the {site.spent:.4g} of before"
+    return ""
