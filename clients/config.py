@@ -84,13 +84,15 @@ def read_client(tree: Tree) -> ClientSection:
 def read_policy(directory: Path) -> SitePolicy:
     """Return the policy of a site directory.
 
-    Raises: ConfigInvalid when `site.toml` is absent or says something unknown.
+    Raises: ConfigInvalid when `site.toml` is absent, cannot be read, or says something unknown.
     """
     path = directory / "site.toml"
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigInvalid(f"no site.toml in {directory}; a site without a policy trains nothing") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigInvalid(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8 errors are ValueErrors
         raise ConfigInvalid(f"{path} is not TOML: {error}") from None
     return parse(SitePolicy, tree, where="site.toml")

@@ -99,8 +99,7 @@ def guarded(site: Site, run: str, round_number: int, answer: Callable[[], ReplyT
     try:
         return answer()
     except StillroomError as error:
-        code = next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
-        return _refuse(site, run, round_number, code, f"{type(error).__name__}: {error}")
+        return _refuse(site, run, round_number, _code(error), f"{type(error).__name__}: {error}")
     except Exception:  # noqa: BLE001 - the wall: whatever a library raises may quote a row
         return _refuse(site, run, round_number, "internal", traceback.format_exc())
 
@@ -156,7 +155,9 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     )
     frozen = models.load(shared.model.name, shared.model.dtype)
     if frozen.resolved.sha256 != broadcast.adapter.base:
-        raise PolicyRefusal(f"broadcast is for base {broadcast.adapter.base[:12]}, ours is {frozen.resolved.sha256[:12]}")
+        raise PolicyRefusal(
+            f"broadcast is for base {broadcast.adapter.base[:12]}, ours is {frozen.resolved.sha256[:12]}"
+        )
     reservation = ledger.reserve(
         run=broadcast.run,
         round_number=broadcast.round,
@@ -224,18 +225,28 @@ def _announced(
     reserved = [entry for entry in ledger.entries() if isinstance(entry, Reserved)]
     before = [receipt for entry in reserved if entry.run != broadcast.run for receipt in entry.receipts]
     budget = min(policy.privacy.epsilon, pld.epsilon(before, delta) + asked.epsilon)
-    kept = [r.event.noise_multiplier for e in reserved if e.run == broadcast.run for r in e.receipts if isinstance(r.event, PoissonGaussian)]
-    multiplier = kept[0] if kept else noise_multiplier(
-        ledger.receipts(),
-        sample_rate=policy.constants.sample_rate,
-        steps=learner.steps,
-        rounds=shared.run.rounds - broadcast.round + 1,
-        clip_norm=learner.clip_norm,
-        unit=policy.privacy.unit,
-        epsilon=budget,
-        delta=delta,
-        floor=policy.limits.min_noise_multiplier,
-        ceiling=policy.limits.max_noise_multiplier,
+    kept = [
+        r.event.noise_multiplier
+        for e in reserved
+        if e.run == broadcast.run
+        for r in e.receipts
+        if isinstance(r.event, PoissonGaussian)
+    ]
+    multiplier = (
+        kept[0]
+        if kept
+        else noise_multiplier(
+            ledger.receipts(),
+            sample_rate=policy.constants.sample_rate,
+            steps=learner.steps,
+            rounds=shared.run.rounds - broadcast.round + 1,
+            clip_norm=learner.clip_norm,
+            unit=policy.privacy.unit,
+            epsilon=budget,
+            delta=delta,
+            floor=policy.limits.min_noise_multiplier,
+            ceiling=policy.limits.max_noise_multiplier,
+        )
     )
     return learner.announce(policy.public_constants(), multiplier), budget
 
@@ -267,6 +278,13 @@ def _noise(policy: SitePolicy, broadcast: Broadcast, shared: SharedConfig, *, si
     return SecureNoise()
 
 
+def _code(error: StillroomError) -> RefusalCode:
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code
+    return "internal"
+
+
 def _codes(directory: Path) -> dict[str, str]:
     """Return the public control codes that lie beside the rows; none when there is no such file."""
     path = directory / "codes.jsonl"
@@ -283,5 +301,7 @@ def _refuse(site: Site, run: str, round_number: int, code: RefusalCode, reason: 
     if site.directory.is_dir():
         with (site.directory / "site.log").open("a", encoding="utf-8") as handle:
             handle.write(f"run {run} round {round_number} {code} {incident} {reason}\n")
-    logging.getLogger("stillroom.site").warning("site %s answers %s (incident %s in its site.log)", name, code, incident)
+    logging.getLogger("stillroom.site").warning(
+        "site %s answers %s (incident %s in its site.log)", name, code, incident
+    )
     return Refusal(site=name, round=round_number, code=code, incident=incident)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fl_app import lora, sequences
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from fl_app.sequences import TokenSequence
 
@@ -76,7 +76,7 @@ def _add_clipped(totals: list[Any], gradients: Sequence[Any], clip_norm: float) 
 
 
 @contextmanager
-def _hook_gradients(model: Any) -> Iterator[Any]:
+def _hook_gradients(model: Any) -> Generator[Any]:
     """Yield a function: micro-batch -> per-example gradients, from inputs and output gradients of every factor."""
     import torch
 
@@ -113,9 +113,9 @@ def _hook_gradients(model: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _opacus_gradients(model: Any) -> Iterator[Any]:
+def _opacus_gradients(model: Any) -> Generator[Any]:
     """Yield the same function from Opacus' grad-sample hooks."""
-    from opacus.grad_sample.grad_sample_hooks import GradSampleHooks
+    from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
     weights = list(lora.parameters(model).values())
     model.train()

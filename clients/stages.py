@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from fl_app.models import FrozenModel
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Adapter, DpReceipt, Release
+    from fl_app.types import Adapter, AdapterRelease, DpReceipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,6 @@ class Learner(Protocol):
 
     def __call__(
         self, rows: PrivateRows, start: Adapter, receipt: DpReceipt, constants: PublicConstants, bench: Workbench
-    ) -> Release:
+    ) -> AdapterRelease:
         """Return the release that `receipt` pays for. The number of steps never depends on the rows."""
         ...

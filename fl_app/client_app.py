@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,7 +17,9 @@ from clients.config import read_client  # noqa: E402
 from fl_app import wire  # noqa: E402
 from fl_app.config import digest, read_tree, shared  # noqa: E402
 from fl_app.errors import PolicyRefusal  # noqa: E402
-from fl_app.types import Broadcast  # noqa: E402
+
+if TYPE_CHECKING:
+    from fl_app.types import Broadcast
 
 app = ClientApp()
 

@@ -17,15 +17,12 @@ import json
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fl_app.errors import ConfigInvalid
 from fl_app.origin import ROOT
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Tree: TypeAlias = dict[str, Any]
 SectionT = TypeVar("SectionT", bound="Section")
@@ -51,8 +48,10 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """[model]: the shared local model W_loc. `name` is a folder, a hub id, a packaged model or `tiny-random`;
-    `system` is the system message of every chat prompt (empty keeps a template from inserting its own)."""
+    """[model]: the shared local model W_loc.
+
+    `name` is a folder, a hub id, a packaged model or `tiny-random`; `system` is the system message of every chat prompt (empty keeps a template from inserting its own).
+    """
 
     name: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -64,10 +63,8 @@ class LoraSection(Section):
 
     rank: Annotated[int, Field(ge=1, le=512)]
     alpha: Annotated[float, Field(gt=0)]
-    targets: tuple[str, ...]
+    targets: Annotated[tuple[str, ...], Field(strict=False)]
     first_layer: Annotated[int, Field(ge=0)] = 0
-
-    model_config = ConfigDict(strict=False)
 
 
 class SharedConfig(Section):
@@ -81,7 +78,7 @@ class SharedConfig(Section):
 def read_tree(config: str, overrides: str = "") -> Tree:
     """Return the tree of a TOML file with overrides applied.
 
-    Raises: ConfigInvalid when the file is missing, is not TOML, or an override names no table of ours.
+    Raises: ConfigInvalid when the file is missing, is not TOML, or it or an override names no table of ours.
     """
     path = Path(config) if Path(config).is_absolute() else ROOT / config
     try:
@@ -89,23 +86,27 @@ def read_tree(config: str, overrides: str = "") -> Tree:
     except FileNotFoundError:
         known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
         raise ConfigInvalid(f"no configuration at {path}; configs/ holds: {known}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigInvalid(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, endless digits, endless brackets
         raise ConfigInvalid(f"{path} is not TOML: {error}") from None
     for key, value in _read_overrides(overrides).items():
         _set(tree, key, value)
-    for table in tree:
+    for table, content in tree.items():
+        if table in TABLES and not isinstance(content, dict):
+            raise ConfigInvalid(f"[{table}] is a value, not a table: {str(content)[:80]!r}")
         if table not in TABLES:
             raise ConfigInvalid(f"unknown table [{table}]{_nearest(table, TABLES)}; known: {', '.join(TABLES)}")
     return tree
 
 
-def parse(section: type[SectionT], tree: Mapping[str, Any], *, where: str = "") -> SectionT:
+def parse(section: type[SectionT], tree: object, *, where: str = "") -> SectionT:
     """Return `tree` as a section.
 
     Raises: ConfigInvalid naming every bad key, its value, what is allowed and, for a typo, the nearest key.
     """
     try:
-        return section.model_validate(dict(tree))
+        return section.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(section, detail, where) for detail in error.errors()]
         raise ConfigInvalid("; ".join(lines)) from None
@@ -120,7 +121,8 @@ def digest(tree: Tree) -> str:
     """Return the SHA-256 of the resolved tree without what is local to one machine or to the simulator."""
     run = {key: value for key, value in tree.get("run", {}).items() if key not in LOCAL_KEYS}
     public = {key: value for key, value in tree.items() if key != "simulation"} | {"run": run}
-    return hashlib.sha256(json.dumps(public, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(public, sort_keys=True, separators=(",", ":"), default=str)  # str: dates, which no key takes
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_overrides(overrides: str) -> Tree:
@@ -131,8 +133,10 @@ def _read_overrides(overrides: str) -> Tree:
             raise ConfigInvalid(f"override {item!r} is not key=value, e.g. run.rounds=3")
         try:
             values[key.strip()] = tomllib.loads(f"x = {value.strip()}")["x"]
-        except tomllib.TOMLDecodeError:
-            raise ConfigInvalid(f"override {key.strip()}: {value.strip()!r} is no TOML value; quote strings") from None
+        except (ValueError, RecursionError):
+            raise ConfigInvalid(
+                f"override {key.strip()}: {value.strip()[:80]!r} is no TOML value; quote strings"
+            ) from None
     return values
 
 
@@ -194,8 +198,9 @@ def _fields_at(section: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    arguments = getattr(annotation, "__args__", ())
-    return tuple(inner for a in arguments for inner in (getattr(a, "__args__", None) or (a,)))
+    """Return the members of a union, also of one inside `list[...]` or `Annotated[...]`."""
+    arguments = getattr(annotation, "__args__", None)
+    return tuple(option for a in arguments for option in _options(a)) if arguments else (annotation,)
 
 
 def _tag(option: Any) -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
 
 CANDIDATES = 512
 """Sampling looks at this many most likely tokens. A full sort of 49k scores costs a third of a decoding step on a CPU;
@@ -75,7 +75,8 @@ def option_likelihood(
 ) -> list[list[Likelihood]]:
     """Return the likelihood of every option after its prompt, as one batch; each prompt is computed once.
 
-    Every prompt must have the same number of options O. Options are tokenised apart from their prompt.
+    Every prompt must have the same number of options O. Options are tokenised apart from their prompt; an empty one
+    has log-likelihood 0.
     """
     import torch
 
@@ -84,7 +85,7 @@ def option_likelihood(
     width = len(options[0])
     ids_BT, mask_BT = _left_padded(tokenizer, [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts])
     flat = [tokenizer(o, add_special_tokens=False)["input_ids"] for row in options for o in row]
-    length = max(len(ids) for ids in flat)
+    length = max(1, *(len(ids) for ids in flat))
     next_BT = torch.full((len(flat), length), tokenizer.pad_token_id, dtype=torch.int64)
     for row, ids in enumerate(flat):
         next_BT[row, : len(ids)] = torch.tensor(ids)
@@ -108,7 +109,7 @@ def option_likelihood(
         likelihoods: list[Likelihood] = []
         texts = [o for row in options for o in row]
         for row, ids in enumerate(flat):
-            total = float(start_BV[row, ids[0]])
+            total = float(start_BV[row, ids[0]]) if ids else 0.0
             if len(ids) > 1:
                 later = more.logits[row, : len(ids) - 1].float().log_softmax(-1)
                 total += float(later.gather(1, torch.tensor(ids[1:])[:, None]).sum())

@@ -83,17 +83,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises: RunInvalid naming file and line when one of them is no JSON object.
     """
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    return [row for _, row in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return the objects of a JSON-lines file, each with the number of its line; blank lines count and are left out.
+
+    Raises: RunInvalid as `read_lines`.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    # Lines of bytes: those of text would also end at U+2028 and U+0085, which JSON allows inside a string.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise RunInvalid(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
         except json.JSONDecodeError as error:
             raise RunInvalid(f"{path}:{number}: not JSON ({error.msg}); repair or remove the line") from None
         if not isinstance(row, dict):
             raise RunInvalid(f"{path}:{number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 

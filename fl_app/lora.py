@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from fl_app.types import Adapter, LoraFactors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from fl_app.config import LoraSection
     from fl_app.models import FrozenModel
@@ -119,20 +119,25 @@ def num_bytes(adapter: Adapter) -> int:
     return sum(factors.a.nbytes + factors.b.nbytes for factors in adapter.layers.values())
 
 
+def _config(adapter: Adapter, **fields: Any) -> Any:
+    from peft import LoraConfig
+
+    kind: Any = LoraConfig
+    return kind(r=rank_of(adapter), lora_alpha=adapter.alpha, target_modules=sorted(adapter.layers), **fields)
+
+
 def attach(frozen: FrozenModel, adapter: Adapter) -> Any:
     """Return a PEFT model over a replica of the frozen weights that carries `adapter`, in float32.
 
     Raises: AdapterMismatch when the adapter is for another base.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     if adapter.base != frozen.resolved.sha256:
         raise AdapterMismatch(
             f"adapter is for base {adapter.base[:12]}, {frozen.resolved.name} is {frozen.resolved.sha256[:12]}"
         )
-    config: Any = LoraConfig(
-        r=rank_of(adapter), lora_alpha=adapter.alpha, target_modules=sorted(adapter.layers), lora_dropout=0.0
-    )
+    config = _config(adapter, lora_dropout=0.0)
     model: Any = get_peft_model(frozen.replica().model, config)
     write(model, adapter)
     return model
@@ -150,12 +155,19 @@ def parameters(model: Any) -> dict[str, Any]:
 
 
 def write(model: Any, adapter: Adapter) -> None:
-    """Copy an adapter's numbers into a PEFT model of the same layers and rank."""
+    """Copy an adapter's numbers into a PEFT model of the same layers and rank.
+
+    Raises: AdapterMismatch, before anything is written, when a layer or a shape differs: torch would broadcast.
+    """
     import torch
 
     slots = parameters(model)
     if {name.rsplit(".", 1)[0] for name in slots} != set(adapter.layers):
         raise AdapterMismatch("the model's adapted layers are not the adapter's layers")
+    for name, factors in adapter.layers.items():
+        for key, values in ((f"{name}.a", factors.a), (f"{name}.b", factors.b)):
+            if values.shape != slots[key].shape:
+                raise AdapterMismatch(f"{key} is of shape {values.shape}, the model's is {tuple(slots[key].shape)}")
     with torch.no_grad():
         for name, factors in adapter.layers.items():
             slots[f"{name}.a"].copy_(torch.from_numpy(np.array(factors.a)))
@@ -173,7 +185,6 @@ def read(model: Any, *, alpha: float, base: str) -> Adapter:
 def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "float32") -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, loadable by `PeftModel.from_pretrained`."""
     import torch
-    from peft import LoraConfig
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,14 +193,7 @@ def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "f
         tensors[f"{_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
         tensors[f"{_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "stillroom_base": adapter.base})
-    config: Any = LoraConfig(
-        r=rank_of(adapter),
-        lora_alpha=adapter.alpha,
-        target_modules=sorted(adapter.layers),
-        base_model_name_or_path=base_name,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
+    config = _config(adapter, base_model_name_or_path=base_name, task_type="CAUSAL_LM", inference_mode=True)
     text = json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -60,11 +60,10 @@ class FrozenModel:
     tokenizer: Any
     model: Any
 
-    def replica(self) -> FrozenModel:
-        """Return another module tree over the same weights, so that two threads can hold different adapters."""
-        memo = {id(p): p for p in (*self.model.parameters(), *self.model.buffers())}
-        twin = copy.deepcopy(self.model, memo)
-        _make_head_contiguous(twin)
+    def replica(self, *, own_weights: bool = False) -> FrozenModel:
+        """Return another module tree, over the same weights unless `own_weights`: each may hold its own adapter."""
+        shared = () if own_weights else (*self.model.parameters(), *self.model.buffers())
+        twin = copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
         return FrozenModel(resolved=self.resolved, tokenizer=self.tokenizer, model=twin)
 
 
@@ -227,16 +226,16 @@ def _tiny() -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     rng = stream(0, "tiny-random")
     with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
+        for _, weight in sorted(model.named_parameters()):
             if weight.ndim > 1:
                 values = rng.normal(0, 0.6 / weight.shape[-1] ** 0.5, weight.shape)
                 weight.copy_(torch.from_numpy(values))
             else:
                 weight.fill_(1.0)
-            del name
     _publish(target, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     return target
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Floats = npt.NDArray[np.float32]
+    Floats: TypeAlias = npt.NDArray[np.float32]
 
 Relation: TypeAlias = Literal["add_or_remove_one"]
 ReleaseKind: TypeAlias = Literal["adapter", "vector", "histogram"]

@@ -27,6 +27,8 @@ from fl_app.types import REFUSAL_CODES, Adapter, AdapterRelease, Broadcast, Hell
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fl_app.types import RefusalCode
+
 BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256"})
 UPLOAD_KEYS = frozenset({"site", "round", "kind", "base", "alpha", "sha256", "receipts", "spent"})
 REFUSAL_KEYS = frozenset({"site", "round", "code", "incident"})
@@ -36,7 +38,7 @@ PROBE_KEYS = frozenset({"site", "round", "items", "bits_per_byte"})
 
 def pack_broadcast(broadcast: Broadcast) -> RecordDict:
     """Return the message of a round's start."""
-    manifest = {
+    manifest: dict[str, Any] = {
         "run": broadcast.run,
         "round": broadcast.round,
         "config_digest": broadcast.config_digest,
@@ -71,7 +73,7 @@ def pack_reply(reply: Upload | Refusal | Hello | Probe) -> RecordDict:
         raise WireViolation(f"release kind {reply.release.kind!r} has no place on the wire yet; known: adapter")
     receipts = None if reply.receipts is None else [receipt_to_dict(receipt) for receipt in reply.receipts]
     adapter = reply.release.adapter
-    manifest = {
+    manifest: dict[str, Any] = {
         "site": reply.site,
         "round": reply.round,
         "kind": reply.release.kind,
@@ -86,7 +88,7 @@ def pack_reply(reply: Upload | Refusal | Hello | Probe) -> RecordDict:
 
 
 def _pack_refusal(refusal: Refusal) -> RecordDict:
-    fields = {
+    fields: dict[str, Any] = {
         "site": refusal.site,
         "round": refusal.round,
         "code": refusal.code,
@@ -103,7 +105,7 @@ def unpack_reply(content: RecordDict) -> Upload | Refusal:
         code = _text(fields, "code")
         if code not in REFUSAL_CODES:
             raise WireViolation(f"refusal code {code[:40]!r}; known: {', '.join(REFUSAL_CODES)}")
-        known = next(item for item in REFUSAL_CODES if item == code)
+        known: RefusalCode = REFUSAL_CODES[[str(item) for item in REFUSAL_CODES].index(code)]
         return Refusal(
             site=_text(fields, "site"), round=_whole(fields, "round"), code=known, incident=_text(fields, "incident")
         )
@@ -126,7 +128,7 @@ def unpack_reply(content: RecordDict) -> Upload | Refusal:
 
 
 def _pack_hello(hello: Hello) -> RecordDict:
-    fields = {
+    fields: dict[str, Any] = {
         "site": hello.site,
         "epsilon": float(hello.epsilon),
         "delta": float(hello.delta),
@@ -150,7 +152,7 @@ def unpack_hello(content: RecordDict) -> Hello:
 
 
 def _pack_probe(probe: Probe) -> RecordDict:
-    fields = {
+    fields: dict[str, Any] = {
         "site": probe.site,
         "round": probe.round,
         "items": probe.items,
@@ -185,10 +187,10 @@ def _pack_arrays(adapter: Adapter) -> ArrayRecord:
 
 
 def _manifest(content: RecordDict, name: str, keys: frozenset[str], *, allowed: set[str]) -> dict[str, Any]:
-    if set(content) != allowed:
+    if {str(key) for key in content} != allowed:
         raise WireViolation(f"records {sorted(map(str, content))[:6]}; expected {sorted(allowed)}")
     record = content[name]
-    if not isinstance(record, ConfigRecord) or set(record) != keys:
+    if not isinstance(record, ConfigRecord) or {str(key) for key in record} != set(keys):
         found = sorted(map(str, record))[:12] if isinstance(record, ConfigRecord) else type(record).__name__
         raise WireViolation(f"{name} holds {found}; expected {sorted(keys)}")
     return dict(record)

@@ -33,7 +33,7 @@ from pydantic import Field
 from fl_app.config import Section, parse
 from fl_app.errors import ConfigInvalid, RowsInvalid, StillroomError
 from fl_app.seeds import stream
-from fl_app.types import ReleaseKind  # noqa: TC001  (pydantic reads it at run time)
+from fl_app.types import ReleaseKind
 from simulations.corpora import CorpusRow, read_corpus
 from simulations.identities import Planted, plant
 

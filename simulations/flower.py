@@ -107,7 +107,12 @@ class FlowerRun:
         command = [_tool("flwr"), "run", str(ROOT), "own", "--federation-config", self._federation]
         command += ["--run-config", str(config)]
         done = subprocess.run(
-            command, cwd=link.home / "cwd", env=self._environment(link.home), capture_output=True, text=True, check=False
+            command,
+            cwd=link.home / "cwd",
+            env=self._environment(link.home),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         with log.open("a", encoding="utf-8") as sink:
             sink.write(done.stdout + done.stderr)
@@ -131,7 +136,8 @@ class FlowerRun:
         self._keep_log(link, run_id, log)
 
     def _finished(self, link: _Link, run_id: str) -> bool:
-        return '"finished' in self._flwr(link, "ls", "own", "--run-id", run_id, "--format", "json")
+        listed = self._flwr(link, "ls", "own", "--run-id", run_id, "--format", "json")
+        return re.search(r'"status":\s*"finished', listed) is not None
 
     def _keep_log(self, link: _Link, run_id: str, log: Path) -> None:
         with log.open("a", encoding="utf-8") as sink:

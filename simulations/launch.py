@@ -103,7 +103,9 @@ def play(prepared: Prepared, *, faults: Mapping[int, Fault] | None = None) -> di
     Raises: RoundFailed, or any StillroomError of the server, when the run failed.
     """
     if prepared.simulation.grid == "ray":
-        flower = FlowerRun(prepared.run_config, sites=len(prepared.federation.sites), workers=prepared.simulation.workers)
+        flower = FlowerRun(
+            prepared.run_config, sites=len(prepared.federation.sites), workers=prepared.simulation.workers
+        )
         flower.play(prepared.directory)
     else:
         from flwr.app import Context, RecordDict
@@ -113,9 +115,7 @@ def play(prepared: Prepared, *, faults: Mapping[int, Fault] | None = None) -> di
 
         sites = len(prepared.federation.sites)
         grid = LocalGrid(client_app.app, nodes=sites, run_config=prepared.run_config, faults=faults)
-        context = Context(
-            run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(prepared.run_config)
-        )
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(prepared.run_config))
         server_app.app(grid, context)
     return read_summary(prepared.directory)
 
@@ -143,9 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
-        prepared = prepare(
-            arguments.config, "\n".join(arguments.override), run=arguments.run, sites=arguments.sites
-        )
+        prepared = prepare(arguments.config, "\n".join(arguments.override), run=arguments.run, sites=arguments.sites)
     except StillroomError as error:
         console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, markup=True)
         return 2

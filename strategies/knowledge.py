@@ -59,7 +59,9 @@ class Knowledge(Strategy):
                 pipeline.journal.event("round_started", round=number, rounds=rounds)
                 messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
                 replies = self._wave(grid, "train", number, messages)
-                result.arrays, _ = self.aggregate_train(number, replies)
+                arrays, _metrics = self.aggregate_train(number, replies)
+                assert arrays is not None
+                result.arrays = arrays
             messages = self.configure_evaluate(rounds, ArrayRecord(), ConfigRecord(), grid)
             replies = self._wave(grid, "broadcast", rounds, messages)
             metrics = self.aggregate_evaluate(rounds, replies)
@@ -144,9 +146,7 @@ class Knowledge(Strategy):
 
         with self.pipeline.phase(number, phase):
             began = time.monotonic()
-            exchange(
-                grid, wave, timeout_s=self.network.reply_timeout_s, poll_s=self.network.poll_s, on_reply=progress
-            )
+            exchange(grid, wave, timeout_s=self.network.reply_timeout_s, poll_s=self.network.poll_s, on_reply=progress)
             self._seconds = round(time.monotonic() - began, 3)
         return done
 

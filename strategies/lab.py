@@ -27,7 +27,6 @@ InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
 
-
 class TextModel(Protocol):
     """A causal language model with at most one adapter on it. Prompts are complete texts, templates included."""
 
@@ -128,7 +127,9 @@ class LabModel:
 
     @staticmethod
     def _in_order(batches: list[list[int]], results: list[list[OutT]]) -> list[OutT]:
-        found = {row: out for rows, outs in zip(batches, results, strict=True) for row, out in zip(rows, outs, strict=True)}
+        found = {
+            row: out for rows, outs in zip(batches, results, strict=True) for row, out in zip(rows, outs, strict=True)
+        }
         return [found[row] for row in range(len(found))]
 
 
@@ -179,6 +180,9 @@ class Lab:
         """Give the threads back."""
         self._pool.shutdown()
 
+    def _progressed(self, done: int, total: int) -> None:
+        self.progress(done, total)
+
     def _text(self, name: str, frozen: FrozenModel, adapter: Adapter | None) -> LabModel:
         return LabModel(
             name=name,
@@ -187,7 +191,7 @@ class Lab:
             system=self.system,
             batch_rows=self._batch_rows,
             pool=self._pool,
-            progress=lambda done, total: self.progress(done, total),
+            progress=self._progressed,
         )
 
 

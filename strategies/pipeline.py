@@ -26,7 +26,7 @@ from fl_app.types import AdapterRelease, Broadcast, RoundRecord
 from strategies.validate import broken_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
     from fl_app.config import SharedConfig
@@ -255,7 +255,9 @@ class Pipeline:
     ) -> RoundRecord:
         hashes = {f"releases/{item['site']}": item["sha256"] for item in self.released if item["round"] == number}
         hashes |= {"merged": lora.sha256(merged.adapter), "target": lora.sha256(self.target)}
-        hashes |= {name: journal.file_sha256(folder / name) for name in ("drafts.jsonl", "screened.json", "lessons.jsonl")}
+        hashes |= {
+            name: journal.file_sha256(folder / name) for name in ("drafts.jsonl", "screened.json", "lessons.jsonl")
+        }
         return RoundRecord(
             round=number,
             used=merged.used,
@@ -275,7 +277,7 @@ class Pipeline:
         )
 
     @contextmanager
-    def phase(self, number: int, name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    def phase(self, number: int, name: str, seconds: dict[str, float] | None = None) -> Generator[None]:
         """Time a phase and tell the journal when it begins and ends."""
         self.journal.event("phase_started", round=number, phase=name)
         self.lab.progress = lambda done, total: self.journal.event(

@@ -95,9 +95,7 @@ class DpLoraLearner:
         units = self._units(rows, constants, bench)
         model = lora.attach(bench.model, start)
         weights = list(lora.parameters(model).values())
-        optimizer = torch.optim.AdamW(
-            weights, lr=self.section.learning_rate, weight_decay=self.section.weight_decay
-        )
+        optimizer = torch.optim.AdamW(weights, lr=self.section.learning_rate, weight_decay=self.section.weight_decay)
         for _ in range(event.steps):
             sampled = bench.noise.poisson_sample(len(units), event.sample_rate)
             summed = clipped_sum(
@@ -112,7 +110,7 @@ class DpLoraLearner:
                 noise = torch.from_numpy(bench.noise.normal(tuple(total.shape))).double()
                 noisy = total.double() + event.noise_multiplier * event.clip_norm * noise
                 weight.grad = (noisy / constants.expected_batch).float()
-            del sampled, summed, total, noise, noisy
+            del sampled, summed
             optimizer.step()
         del units
         return AdapterRelease(adapter=lora.read(model, alpha=start.alpha, base=start.base))

@@ -19,7 +19,7 @@ from fl_app.types import Adapter, AdapterRelease, LoraFactors, Merged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fl_app.types import Upload
+    from fl_app.types import Floats, Upload
     from strategies.stages import Aggregator
 
 
@@ -42,10 +42,15 @@ def mean_factors(uploads: Sequence[Upload]) -> Merged:
     lora.check_alike(adapters)
     layers = {
         name: LoraFactors(
-            a=np.mean([adapter.layers[name].a for adapter in adapters], axis=0, dtype=np.float64).astype(np.float32),
-            b=np.mean([adapter.layers[name].b for adapter in adapters], axis=0, dtype=np.float64).astype(np.float32),
+            a=_mean([adapter.layers[name].a for adapter in adapters]),
+            b=_mean([adapter.layers[name].b for adapter in adapters]),
         )
         for name in sorted(adapters[0].layers)
     }
     merged = Adapter(layers=layers, alpha=adapters[0].alpha, base=adapters[0].base)
     return Merged(adapter=merged, used=tuple(upload.site for upload in ordered))
+
+
+def _mean(parts: Sequence[Floats]) -> Floats:
+    """Return the mean of equal shapes, summed in float64."""
+    return np.asarray(np.mean(np.stack(parts), axis=0, dtype=np.float64), np.float32)

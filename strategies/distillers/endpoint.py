@@ -152,9 +152,8 @@ class EndpointDistiller:
         """
         del rng  # the endpoint samples with its own
         keys = [self._key(draft.instruction) for draft in drafts]
-        unknown = {
-            key: draft.instruction for key, draft in zip(keys, drafts, strict=True) if key not in self._book.outcomes
-        }
+        asked = {key: draft.instruction for key, draft in zip(keys, drafts, strict=True)}
+        unknown = {key: instruction for key, instruction in asked.items() if key not in self._book.outcomes}
         if unknown:
             self._ask_all(unknown)
         lessons: list[Lesson] = []
@@ -164,19 +163,16 @@ class EndpointDistiller:
             if outcome.skipped:
                 left_out[outcome.skipped] += 1
                 continue
-            lessons.append(
-                Lesson(
-                    draft_id=draft.id, instruction=draft.instruction, answer=outcome.text, teacher=self.section.model
-                )
-            )
+            teacher, answer = self.section.model, outcome.text
+            lessons.append(Lesson(draft_id=draft.id, instruction=draft.instruction, answer=answer, teacher=teacher))
         _log.info("teacher: %d lessons of %d drafts; left out: %s", len(lessons), len(drafts), dict(left_out))
         return tuple(lessons)
 
     def _key(self, instruction: str) -> str:
         """Return the hash of everything that decides the answer."""
-        section = self.section
-        asked = [section.base_url, section.model, section.max_tokens, section.temperature, self._messages(instruction)]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        how = self.section.model_dump(include={"base_url", "model", "max_tokens", "temperature"})
+        asked = json.dumps([how, self._messages(instruction)], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
 
     def _messages(self, instruction: str) -> list[dict[str, str]]:
         fence = hashlib.sha256(instruction.encode()).hexdigest()[:12]
@@ -248,12 +244,11 @@ class EndpointDistiller:
 
     def _attempt(self, client: OpenAI, messages: list[dict[str, str]]) -> Outcome | _Again:
         """Send one request and read its answer to the end, `timeout_s` in all once it has begun to come."""
-        import httpx
+        import httpx2  # openai's transport: its errors while a body is read come through as they are
         import openai
 
-        section = self.section
-        body = bytearray()
-        start = time.monotonic()
+        section, body, start = self.section, bytearray(), time.monotonic()
+        refused: openai.APIStatusError | None = None
         chat: Any = client.chat.completions.with_streaming_response
         try:
             with chat.create(
@@ -264,14 +259,14 @@ class EndpointDistiller:
                     if time.monotonic() - start > section.timeout_s:
                         return _Again(cause=f"answer not complete after {section.timeout_s:g} s", paid=True)
         except openai.APIStatusError as error:
-            return self._status(error)
+            refused = error  # judged below: an error raised here would carry the server's words, perhaps the key
         except openai.APITimeoutError:
             return _Again(cause=f"no answer within {section.timeout_s:g} s", paid=True)
         except openai.APIConnectionError as error:
             return _Again(cause=f"no connection ({self._redacted(error.__cause__ or error)})")
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             return _Again(cause=f"answer broke off ({type(error).__name__})", paid=True)
-        return _read(bytes(body))
+        return _read(bytes(body)) if refused is None else self._status(refused)
 
     def _status(self, error: Any) -> Outcome | _Again:
         """Return what an HTTP status means. `error` is an openai.APIStatusError."""
@@ -368,10 +363,8 @@ class _Book:
         with self._lock:
             self._lock.wait_for(lambda: self._reserved == 0 or self._paid + self._reserved + tokens <= self._most)
             if self._paid + self._reserved + tokens > self._most:
-                raise TeacherFailed(
-                    f"the next request may cost {tokens} tokens and {self._paid} are paid: more than max_total_tokens "
-                    f"= {self._most}; raise it to go on, the cache keeps what was answered"
-                )
+                cost = f"the next request may cost {tokens} tokens and {self._paid} are paid"
+                raise TeacherFailed(f"{cost}: more than max_total_tokens = {self._most}; raise it to go on")
             self._reserved += tokens
 
     def settle(self, reserved: int, paid: int) -> None:
@@ -395,13 +388,13 @@ class _Book:
     def _load(self, path: Path) -> None:
         """Read the file; a last line that a crash has torn is cut off."""
         whole, newline, torn = path.read_bytes().rpartition(b"\n")
-        for number, line in enumerate(whole.splitlines(), start=1):
+        lines = whole.splitlines() if torn[:6] in b'{"key"' else [*whole.splitlines(), torn]
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                self.outcomes[str(row.pop("key"))] = Outcome(**row)
+                key = str(row.pop("key"))
+                self.outcomes[key] = Outcome(**row)
             except (ValueError, TypeError, AttributeError, KeyError):
-                raise RunInvalid(
-                    f"{path} line {number} is no cached answer; move the file away to start anew"
-                ) from None
-        if torn and (whole or torn.startswith(b'{"key"')):
+                raise RunInvalid(f"{path} line {number} is no cached answer; move the file away") from None
+        if torn:
             os.truncate(path, len(whole) + len(newline))

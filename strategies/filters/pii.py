@@ -3,19 +3,26 @@
 A second line behind differential privacy, not a guarantee: what a pattern does not know passes. Both `instruction`
 and `response` are read. A reason names the kind of data, never the data.
 
-| kind  | what counts                                                                                     |
-| ----- | ----------------------------------------------------------------------------------------------- |
-| email | x@y.z                                                                                           |
-| url   | whatever `fl_app.text.holds_link` takes for a link                                              |
-| iban  | two letters, two digits, 11 to 30 more, and a right check sum (mod 97)                          |
-| card  | 13 to 19 digits with a right Luhn digit                                                         |
-| ssn   | 3-2-4 digits with hyphens                                                                       |
-| phone | 9 to 15 digits in groups; with an international + from 8; 7 digits after a word like "call"     |
-| name  | capitalised words after a cue ("my name is", "Dear", "Dr", "Yours,"), or "X Y of Place"         |
+| kind  | what counts                                                                                        |
+| ----- | -------------------------------------------------------------------------------------------------- |
+| email | x@y.z                                                                                              |
+| url   | whatever `fl_app.text.holds_link` takes for a link                                                 |
+| iban  | two letters, two digits, 11 to 30 more, and a right check sum (mod 97)                             |
+| card  | 13 to 19 digits with a right Luhn digit                                                            |
+| ssn   | 3-2-4 digits with hyphens                                                                          |
+| phone | 9 to 15 digits in groups, 8 after a +, 7 as 555-0142 with no unit behind or after a word as "call" |
+| name  | capitalised words after a cue ("my name is", "Dear", "Dr", "Yours,"), "X Y of Place", strangers    |
 
-Names, by pattern: 1 to 5 capitalised words, at least one of which is not a public word (`lab.public_words`); a cue
-that is weak ("I am", "this is") asks for two. English cues; names in lower case or without a cue pass. `engine =
-"presidio"` adds presidio's PERSON to the same rules, so a run says in its configuration which engine judged it.
+Names, by pattern: 1 to 5 capitalised words after a cue, at least one of which is not a public word
+(`lab.public_words`); a cue that is weak ("I am", "this is") asks for two. And, where there are public words, 2 or more
+capitalised words side by side that are all strangers to them. Cues are English; names in lower case, and single names
+without a cue, pass. `engine = "presidio"` adds presidio's PERSON to the same rules; the configuration says which
+engine judges, so that a run does not depend on what happens to be installed.
+
+Measured on 4,000 letters of the embedded corpus, slots filled by hand-made names, the rules made with them in view:
+cues alone found 26 % of the letters with a name or number, all rules every one; of 2,260 letters without any, none
+was dropped, and of 396 with a place alone those whose place was two unknown words. Elsewhere expect less.
+
 Out of scope: dates, places, rare diseases (quasi-identifiers): those are the ledger's business.
 """
 
@@ -54,13 +61,19 @@ _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}\b")
 _CARD = re.compile(r"(?<![\w+])\d(?:[ -]?\d){12,18}(?!\w)")
 _SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
 _PHONE = re.compile(r"(?<![\w.])(?:\+|\(|00)?\d(?:[ ().\-/]{0,2}\d){7,14}(?!\w)")
-_LOCAL_PHONE = re.compile(
-    r"\b(?:call|phone|telephone|tel|mobile|cell|fax|ring|number)\b\D{0,20}\d{3}[ .\-]?\d{4}\b", re.IGNORECASE
+_CUED_PHONE = re.compile(
+    r"\b(?:call|phone|telephone|tel|mobile|cell|fax|ring|number|line|text|dial|reach)\b\D{0,20}\d{3}[ .\-]?\d{4}\b",
+    re.IGNORECASE,
+)
+_SHORT_PHONE = re.compile(
+    r"(?<![\w.-])[2-9]\d\d-\d{4}(?![\w-])(?! ?(?:mg|mcg|ml|g|kg|iu|units?|kcal|calories|times|steps|words)\b)",
+    re.IGNORECASE,
 )
 _DATE = re.compile(r"^\D*(?:\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})\b")
 
 _STRONG_CUE = re.compile(
-    r"\b(?:(?:my|his|her|the patient's) (?:full )?name(?: is|'s|:)|(?:name|patient|signed|from|attn):|dear|"
+    r"\b(?:(?:my|his|her|the patient's) (?:full )?name(?: is|:)|(?:name|patient|signed|from|attn):|name['\u2019]s|"
+    r"signed,|dear|"
     r"(?:mr|mrs|ms|miss|dr|prof|doctor|professor)\b\.?|"
     r"(?:yours(?: \w+)?|\w+ yours|sincerely|regards|wishes|thanks|cheers|love)\s*,)\s*",
     re.IGNORECASE,
@@ -75,6 +88,21 @@ _TITLES = frozenset({"mr", "mrs", "ms", "miss", "dr", "prof", "doctor", "profess
 _NOT_NAMES = frozenset(
     {"sir", "madam", "team", "all", "everyone", "friend", "friends", "colleague", "colleagues", "customer", "patient"}
     | {"doctor", "nurse", "pharmacist", "professor", "i", "the", "a", "an", "my", "we", "please", "what", "how", "is"}
+    | {
+        "dear",
+        "hello",
+        "hi",
+        "hey",
+        "good",
+        "yours",
+        "sincerely",
+        "kind",
+        "best",
+        "regards",
+        "wishes",
+        "thanks",
+        "love",
+    }
     | _TITLES
 )
 
@@ -97,7 +125,7 @@ class Pii(Section):
         Raises: ConfigInvalid when engine "presidio" is asked for and it or its spaCy model is not installed.
         """
         analyzer = _presidio(self.spacy_model) if self.engine == "presidio" else None
-        return PiiFilter(section=self, public_words=lab.public_words | _NOT_NAMES, analyzer=analyzer)
+        return PiiFilter(section=self, public_words=lab.public_words, analyzer=analyzer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +136,10 @@ class _Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PiiFilter:
-    """A `Filter` that looks at one draft at a time. `analyzer` is a presidio AnalyzerEngine or None."""
+    """A `Filter` that looks at one draft at a time. `analyzer` is a presidio AnalyzerEngine or None.
+
+    Without public words only cues find names: every word would be a stranger.
+    """
 
     section: Pii
     public_words: frozenset[str]
@@ -131,7 +162,9 @@ class PiiFilter:
 
     def _names(self, passage: str) -> list[_Span]:
         """Return where personal names stand, in order, without overlaps."""
-        spans = [*_names_by_pattern(passage, self.public_words)]
+        spans = [*_names_by_cue(passage, self.public_words | _NOT_NAMES)]
+        if self.public_words:
+            spans += _strangers(passage, self.public_words | _NOT_NAMES)
         if self.analyzer is not None:
             found = self.analyzer.analyze(text=passage, language="en", entities=["PERSON"])
             spans += [_Span(start=hit.start, end=hit.end) for hit in found if hit.score >= PERSON_SCORE]
@@ -178,7 +211,8 @@ def _holds_ssn(passage: str) -> bool:
 
 
 def _holds_phone(passage: str) -> bool:
-    return bool(_LOCAL_PHONE.search(passage)) or any(_is_phone(match.group()) for match in _PHONE.finditer(passage))
+    short = _CUED_PHONE.search(passage) or _SHORT_PHONE.search(passage)
+    return bool(short) or any(_is_phone(match.group()) for match in _PHONE.finditer(passage))
 
 
 def _is_phone(candidate: str) -> bool:
@@ -215,7 +249,7 @@ def _number_or_address(*passages: str) -> str:
     return next((kind for kind, holds in KINDS for passage in passages if holds(passage)), "")
 
 
-def _names_by_pattern(passage: str, public: frozenset[str]) -> Iterator[_Span]:
+def _names_by_cue(passage: str, public: frozenset[str]) -> Iterator[_Span]:
     for match in _STRONG_CUE.finditer(passage):
         if span := _name_at(passage, match.end(), public, least=1):
             yield span
@@ -225,6 +259,19 @@ def _names_by_pattern(passage: str, public: frozenset[str]) -> Iterator[_Span]:
     for match in re.finditer(r"(?<=\s)of\s+(?=[^\W\d_a-z])", passage):
         if span := _name_before(passage, match.start(), public):
             yield span
+
+
+def _strangers(passage: str, public: frozenset[str]) -> Iterator[_Span]:
+    """Yield runs of two or more capitalised words on one line, none of which holds a public word."""
+    run: list[re.Match[str]] = []
+    for word in (*_NAME_WORD.finditer(passage), None):
+        strange = word is not None and _is_stranger(word.group(), public)
+        if run and not (strange and word and _GAP.fullmatch(passage, run[-1].end(), word.start())):
+            if len(run) > 1:
+                yield _Span(start=run[0].start(), end=run[-1].end())
+            run = []
+        if strange and word:
+            run.append(word)
 
 
 def _name_at(passage: str, start: int, public: frozenset[str], *, least: int) -> _Span | None:
@@ -259,6 +306,13 @@ def _name_before(passage: str, end: int, public: frozenset[str]) -> _Span | None
 def _unknown(names: Sequence[str], public: frozenset[str]) -> bool:
     """Return whether some word of more than a letter is not public."""
     return any(len(word) > 1 and word not in public for name in names for word in text.words(name))
+
+
+def _is_stranger(name: str, public: frozenset[str]) -> bool:
+    """Return whether a capitalised word has no public part of more than a letter; "I've" and its kin are no names."""
+    parts = text.words(name)
+    long = [part for part in parts if len(part) > 1]
+    return name[0].isupper() and parts[:1] != ["i"] and bool(long) and public.isdisjoint(long)
 
 
 def _presidio(spacy_model: str) -> Any:

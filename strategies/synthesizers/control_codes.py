@@ -50,13 +50,23 @@ class ControlCodes(Section):
 
 
 def read_codes(path: Path) -> tuple[ControlCode, ...]:
-    """Return the public control codes of a JSON-lines file with `id` and `text`."""
+    """Return the public control codes of a JSON-lines file with `id` and `text`.
+
+    Raises: ConfigInvalid when the file is missing, holds no code, one without id or text, or one id twice.
+    """
     if not path.is_file():
         raise ConfigInvalid(f"server.synthesizer.codes: no file at {path!s}; expected JSON lines with id and text")
-    codes = tuple(ControlCode(id=str(row["id"]), text=str(row["text"])) for row in journal.read_lines(path))
+    codes: dict[str, ControlCode] = {}
+    for number, row in journal.numbered_lines(path):
+        name, text = row.get("id"), row.get("text")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ConfigInvalid(f"{path}:{number}: a control code needs id and text; found keys {', '.join(sorted(row))}")
+        if name in codes:
+            raise ConfigInvalid(f"{path}:{number}: control code {name!r} is there already; give every code its own id")
+        codes[name] = ControlCode(id=name, text=text)
     if not codes:
         raise ConfigInvalid(f"server.synthesizer.codes: {path} holds no control code")
-    return codes
+    return tuple(codes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from simulations.corpora import CorpusRow, read_corpus
 if TYPE_CHECKING:
     from pathlib import Path
 
-SECRET = "zebrafish remission"  # noqa: S105  (text of a row)
+SECRET = "zebrafish remission"
 PAIRS = (("What is it, doctor?", 'A "cold",\nno more.'), ("Grüß dich\u2028wie geht's", ""), ("Third", "Third answer"))
 EXPECTED = [
     CorpusRow(id=f"r{n}", instruction=ask, output=answer, code="", columns={"house": house, "size": str(n)})

