@@ -220,6 +220,8 @@ def _announced(
     The noise multiplier is chosen once, before the first round of a run, so that what remains is spread over all
     planned rounds; later rounds keep it, whatever they learned: a schedule fixed in advance is what the accountant's
     composition assumes. `client.epsilon` caps what this run adds to what was spent before it.
+
+    Raises: BudgetSpent; PolicyRefusal when the site has raised its noise floor since the run began.
     """
     delta = policy.privacy.delta
     reserved = [entry for entry in ledger.entries() if isinstance(entry, Reserved)]
@@ -248,6 +250,11 @@ def _announced(
             ceiling=policy.limits.max_noise_multiplier,
         )
     )
+    if multiplier < policy.limits.min_noise_multiplier:
+        raise PolicyRefusal(
+            f"run {broadcast.run} began with noise multiplier {multiplier}, site.toml now asks for at least "
+            f"{policy.limits.min_noise_multiplier}; start a new run"
+        )
     return learner.announce(policy.public_constants(), multiplier), budget
 
 
@@ -297,11 +304,14 @@ def _refuse(site: Site, run: str, round_number: int, code: RefusalCode, reason: 
         name = site.policy.site.name
     except ConfigInvalid:
         name = "unnamed"
-    incident = hashlib.sha256(f"{name}/{run}/{round_number}/{code}".encode()).hexdigest()[:12]
+    place = f"{name}/{run}/{round_number}/{code}"
+    incident = hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    logger = logging.getLogger("stillroom.site")
     if site.directory.is_dir():
-        with (site.directory / "site.log").open("a", encoding="utf-8") as handle:
-            handle.write(f"run {run} round {round_number} {code} {incident} {reason}\n")
-    logging.getLogger("stillroom.site").warning(
-        "site %s answers %s (incident %s in its site.log)", name, code, incident
-    )
+        try:  # a key of a row may be no valid text, and the disk may be full: neither may leave
+            with (site.directory / "site.log").open("a", encoding="utf-8", errors="backslashreplace") as handle:
+                handle.write(f"run {run!r} round {round_number} {code} {incident} {reason}\n")
+        except OSError as error:
+            logger.warning("site %s: site.log cannot be written (%s)", name, error.strerror)
+    logger.warning("site %s answers %s (incident %s in its site.log)", name, code, incident)
     return Refusal(site=name, round=round_number, code=code, incident=incident)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -46,5 +47,8 @@ def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> AdapterRel
 
 
 def _place(outbox: Path, run: str, round_number: int) -> Path:
-    safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in run)
+    """Return the directory of a release; a run whose name is no plain folder name gets a hash behind what is left."""
+    safe = "".join(c if (c.isascii() and c.isalnum()) or c in "-_" else "_" for c in run)[:80]
+    if safe != run:
+        safe += "." + hashlib.sha256(run.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return outbox / safe / f"round-{round_number}"

@@ -69,9 +69,11 @@ def _add_clipped(totals: list[Any], gradients: Sequence[Any], clip_norm: float) 
     assert isinstance(square_B, torch.Tensor)
     norm_B = square_B.sqrt()
     scale_B = torch.where(torch.isfinite(norm_B), (clip_norm / norm_B.clamp(min=1e-30)).clamp(max=1.0), 0.0).float()
-    finite_B = scale_B > 0
+    # Below float32's normal range a scale has too few digits to keep the bound; such a row counts as not finite.
+    usable_B = scale_B >= torch.finfo(torch.float32).tiny
+    scale_B = torch.where(usable_B, scale_B, 0.0)
     for total, gradient in zip(totals, gradients, strict=True):
-        clean = torch.where(finite_B.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
+        clean = torch.where(usable_B.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
         total.add_(torch.einsum("b,b...->...", scale_B, clean))
 
 

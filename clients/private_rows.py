@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+_NOT_PICKLED = "private rows are not pickled: they stay in the process that read them"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
 class PrivateRow:
@@ -21,6 +23,9 @@ class PrivateRow:
     output: str
     code: str
     unit: str
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(_NOT_PICKLED)
 
 
 class PrivateRows:
@@ -45,10 +50,10 @@ class PrivateRows:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("private rows are not pickled: they stay in the process that read them")
+        raise TypeError(_NOT_PICKLED)
 
     def __getstate__(self) -> NoReturn:
-        raise TypeError("private rows are not pickled: they stay in the process that read them")
+        raise TypeError(_NOT_PICKLED)
 
 
 def read_private_rows(path: Path, *, unit: str, max_rows_per_unit: int) -> PrivateRows:

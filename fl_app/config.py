@@ -50,7 +50,8 @@ class RunSection(Section):
 class ModelSection(Section):
     """[model]: the shared local model W_loc.
 
-    `name` is a folder, a hub id, a packaged model or `tiny-random`; `system` is the system message of every chat prompt (empty keeps a template from inserting its own).
+    `name` is a folder, a hub id, a packaged model or `tiny-random`; `system` is the system message of every chat
+    prompt (empty keeps a template from inserting its own).
     """
 
     name: str
@@ -59,12 +60,17 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """[lora]: the shape of every adapter of this run. `first_layer` counts decoder blocks from 0."""
+    """[lora]: the shape of every adapter of this run. `first_layer` counts decoder blocks from 0.
+
+    `start` is a PEFT adapter of exactly this shape, made from public text, that the run starts from; empty: a fresh
+    one, which changes nothing in the model.
+    """
 
     rank: Annotated[int, Field(ge=1, le=512)]
     alpha: Annotated[float, Field(gt=0)]
     targets: Annotated[tuple[str, ...], Field(strict=False)]
     first_layer: Annotated[int, Field(ge=0)] = 0
+    start: str = ""
 
 
 class SharedConfig(Section):

@@ -97,6 +97,22 @@ def check_alike(adapters: Sequence[Adapter], *, same_rank: bool = True) -> None:
             )
 
 
+def check_spec(adapter: Adapter, spec: LoraSpec) -> None:
+    """Raise `AdapterMismatch` unless the adapter has exactly the shape of `spec`, naming the first difference."""
+    if adapter.base != spec.base:
+        raise AdapterMismatch(f"base: {adapter.base[:12]}, ours is {spec.base[:12]}")
+    if adapter.layers.keys() != spec.shapes.keys():
+        raise AdapterMismatch(f"layers: differ in {sorted(adapter.layers.keys() ^ spec.shapes.keys())[:2]}")
+    if adapter.alpha != spec.alpha:
+        raise AdapterMismatch(f"alpha: {adapter.alpha}, ours is {spec.alpha}")
+    for name, (d_in, d_out) in spec.shapes.items():
+        factors = adapter.layers[name]
+        if factors.a.shape != (spec.rank, d_in) or factors.b.shape != (d_out, spec.rank):
+            raise AdapterMismatch(f"shape: {name} is {factors.a.shape} and {factors.b.shape}")
+        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+            raise AdapterMismatch(f"finite: {name} holds NaN or infinity")
+
+
 def delta(adapter: Adapter, layer: str) -> np.ndarray:
     """Return delta_W of one layer, shape (d_out, d_in), float64. For tests and small models."""
     factors = adapter.layers[layer]
@@ -183,16 +199,20 @@ def read(model: Any, *, alpha: float, base: str) -> Adapter:
 
 
 def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "float32") -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, loadable by `PeftModel.from_pretrained`."""
+    """Write `adapter_model.safetensors` and `adapter_config.json`, loadable by `PeftModel.from_pretrained`.
+
+    Guarantee: equal adapters under equal names give equal bytes.
+    """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Any] = {}
     for name, factors in sorted(adapter.layers.items()):
         tensors[f"{_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
         tensors[f"{_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "stillroom_base": adapter.base})
+    file = save(tensors, metadata={"format": "pt", "stillroom_base": adapter.base})
+    (folder / "adapter_model.safetensors").write_bytes(_with_sorted_header(file))
     config = _config(adapter, base_model_name_or_path=base_name, task_type="CAUSAL_LM", inference_mode=True)
     text = json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
@@ -228,6 +248,14 @@ def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
 def _block(name: str) -> int:
     """Return the number of the decoder block in a module path, -1 outside of any block."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
+def _with_sorted_header(file: bytes) -> bytes:
+    """Return a safetensors file with its header in order: the library writes the metadata in a random one."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    return len(header).to_bytes(8, "little") + header + file[8 + size :]
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ Arrays travel in float32; their names are taken from the manifest's own layer li
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from fl_app.types import REFUSAL_CODES, Adapter, AdapterRelease, Broadcast, Hell
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fl_app.types import RefusalCode
+    from fl_app.types import DpReceipt, RefusalCode
 
 BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256"})
 UPLOAD_KEYS = frozenset({"site", "round", "kind", "base", "alpha", "sha256", "receipts", "spent"})
@@ -113,18 +114,23 @@ def unpack_reply(content: RecordDict) -> Upload | Refusal:
     if manifest["kind"] != "adapter":
         raise WireViolation(f"release kind {str(manifest['kind'])[:40]!r}; known: adapter")
     adapter = _unpack_adapter(content, manifest)
-    try:
-        listed = json.loads(_text(manifest, "receipts"))
-        receipts = None if listed is None else tuple(receipt_from_dict(receipt) for receipt in listed)
-    except (json.JSONDecodeError, TypeError, LedgerRefusal) as error:
-        raise WireViolation(f"receipts cannot be read: {str(error)[:200]}") from None
     return Upload(
         site=_text(manifest, "site"),
         round=_whole(manifest, "round"),
         release=AdapterRelease(adapter=adapter),
-        receipts=receipts,
+        receipts=_receipts(_text(manifest, "receipts")),
         spent=_number(manifest, "spent"),
     )
+
+
+def _receipts(text: str) -> tuple[DpReceipt, ...] | None:
+    try:
+        listed = json.loads(text)
+        if not isinstance(listed, list | None):
+            raise WireViolation(f"receipts are {type(listed).__name__}; expected a list or null")
+        return None if listed is None else tuple(receipt_from_dict(receipt) for receipt in listed)
+    except (ValueError, TypeError, OverflowError, RecursionError, LedgerRefusal) as error:
+        raise WireViolation(f"receipts cannot be read: {str(error)[:200]}") from None
 
 
 def _pack_hello(hello: Hello) -> RecordDict:
@@ -205,10 +211,7 @@ def _unpack_adapter(content: RecordDict, manifest: Mapping[str, Any]) -> Adapter
         name, _, factor = key.rpartition(".")
         if factor not in {"a", "b"} or not name:
             raise WireViolation(f"array {key[:80]!r} is no LoRA factor; expected <layer>.a and <layer>.b")
-        values = array.numpy()
-        if values.dtype != np.float32 or values.ndim != 2:  # noqa: PLR2004
-            raise WireViolation(f"array {key[:80]!r} is {values.dtype} of {values.ndim} axes; expected float32 of 2")
-        parts.setdefault(name, {})[factor] = values
+        parts.setdefault(name, {})[factor] = _matrix(key, array)
     for name, found in parts.items():
         if found.keys() != {"a", "b"} or found["a"].shape[0] != found["b"].shape[1]:
             raise WireViolation(f"layer {name[:80]!r}: factors a and b do not fit together")
@@ -222,6 +225,22 @@ def _unpack_adapter(content: RecordDict, manifest: Mapping[str, Any]) -> Adapter
     if lora.sha256(adapter) != manifest["sha256"]:
         raise WireViolation("sha256 of the arrays is not the one in the manifest; the message was changed on its way")
     return adapter
+
+
+def _matrix(key: str, array: Array) -> np.ndarray:
+    """Return a float32 matrix from bytes that must be exactly what we would send; numpy's file parser never runs."""
+    if array.stype != "numpy.ndarray" or array.dtype != "float32" or len(array.shape) != 2:  # noqa: PLR2004
+        raise WireViolation(
+            f"array {key[:80]!r} is {array.dtype[:20]} of {len(array.shape)} axes in {array.stype[:20]}; expected "
+            "float32 of 2 in numpy.ndarray"
+        )
+    size = math.prod(array.shape) * np.dtype(np.float32).itemsize
+    if min(array.shape) < 1 or size > len(array.data):
+        raise WireViolation(f"array {key[:80]!r} says shape {array.shape} over {len(array.data)} bytes")
+    values = np.frombuffer(array.data[-size:], "<f4").reshape(array.shape).astype(np.float32)
+    if Array(values).data != array.data:
+        raise WireViolation(f"array {key[:80]!r} is not what numpy.save writes for shape {array.shape}")
+    return values
 
 
 def _text(fields: Mapping[str, Any], key: str) -> str:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fl_app import journal
+from clients.config import read_client
+from fl_app import journal, models
 from fl_app.config import Tree, read_tree, shared
 from fl_app.errors import ConfigInvalid, RoundFailed, StillroomError
 from fl_app.origin import ROOT
@@ -31,10 +32,12 @@ from simulations.federate import federate
 from simulations.flower import FlowerRun
 from simulations.progress import final_table, follow
 from simulations.report.page import build_report
+from strategies.config import read_server
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from simulations.corpora import CorpusRow
     from simulations.federate import Federation
     from simulations.local_grid import Fault
 
@@ -59,11 +62,12 @@ def prepare(config: str, overrides: str = "", *, run: str = "", sites: Path | No
     `run` names the run (default: the configuration's name and the time); `sites` is where the site directories are,
     or shall be (default: beside the run).
 
-    Raises: ConfigInvalid, RowsInvalid, each before anything is trained.
+    Raises: ConfigInvalid, RowsInvalid, ModelMissing, each before anything is trained.
     """
     config_path = Path(config) if Path(config).is_absolute() else ROOT / config
     tree = read_tree(str(config_path), overrides)
     simulation = read_simulation(tree)
+    _check_apps(tree)
     seed = shared(tree).run.seed
     if shared(tree).run.mode != "simulation":
         raise ConfigInvalid("run.mode is not 'simulation': real sites are started by their SuperNodes, not from here")
@@ -73,12 +77,12 @@ def prepare(config: str, overrides: str = "", *, run: str = "", sites: Path | No
         raise ConfigInvalid(f"{directory} holds a run already; choose another name with --run")
     places = _corpus(simulation)
     home = (sites or BUILD / "sites" / name).resolve()
-    codes = _codes(simulation, places, home)
     rows = read_corpus(
         places["private"],
         join_input=simulation.join_input,
-        code_column="code" if simulation.corpus == EMBEDDED else simulation.code_column,
+        code_column="code" if simulation.corpus == EMBEDDED else simulation.code_column or None,
     )
+    codes = _codes(simulation, rows, places, home)
     federation = federate(
         rows,
         out=home,
@@ -145,18 +149,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         prepared = prepare(arguments.config, "\n".join(arguments.override), run=arguments.run, sites=arguments.sites)
     except StillroomError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, markup=True)
+        _say(console, error)
         return 2
     failure = _watched(prepared, console)
     if (prepared.directory / "summary.json").is_file():
         build_report(prepared.directory)
     if failure is not None:
-        console.print(f"{type(failure).__name__}: {failure}", style="red", markup=False)
+        _say(console, failure)
     else:
         console.print(final_table(read_summary(prepared.directory)))
         console.print(f"report: {prepared.directory / 'report.html'}")
     Console().print(str(prepared.directory), soft_wrap=True, highlight=False)
     return 0 if failure is None else 1
+
+
+def _say(console: Console, error: StillroomError) -> None:
+    """Print one line; a message may name [tables], which are no markup."""
+    console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _watched(prepared: Prepared, console: Console) -> StillroomError | None:
@@ -176,6 +185,14 @@ def _watched(prepared: Prepared, console: Console) -> StillroomError | None:
     return failures[0] if failures else None
 
 
+def _check_apps(tree: Tree) -> None:
+    """Read both apps' tables and find their models, as the apps will: a typo costs no corpus, site or SuperLink."""
+    read_client(tree)
+    server = read_server(tree)
+    for name in {shared(tree).model.name, server.professional.model or shared(tree).model.name}:
+        models.resolve(name)
+
+
 def _corpus(simulation: SimulationSection) -> dict[str, str]:
     """Return the files of the corpus: the embedded one, written now, or the one that was named."""
     if simulation.corpus != EMBEDDED:
@@ -186,13 +203,12 @@ def _corpus(simulation: SimulationSection) -> dict[str, str]:
     return {name: str(folder / f"{name}.jsonl") for name in ("private", "public", "exam", "codes")}
 
 
-def _codes(simulation: SimulationSection, places: Mapping[str, str], home: Path) -> Path:
+def _codes(simulation: SimulationSection, rows: Sequence[CorpusRow], places: Mapping[str, str], home: Path) -> Path:
     """Return the file of public control codes: the corpus' own, or one per value of `code_column`."""
     if "codes" in places:
         return Path(places["codes"])
     if not simulation.code_column:
         raise ConfigInvalid("simulation.code_column is empty, and this corpus brings no control codes")
-    rows = read_corpus(places["private"], join_input=simulation.join_input, code_column=simulation.code_column)
     values = sorted({row.code for row in rows})
     path = home.with_name(f"{home.name}-simulation") / "codes.jsonl"
     journal.write_lines(
@@ -209,6 +225,9 @@ def _paths(tree: Tree, places: Mapping[str, str], codes: Path, directory: Path, 
         "server.network.sites": sites,
         "server.synthesizer.codes": str(codes),
     }
+    start = tree.get("lora", {}).get("start", "")
+    if start and not Path(start).is_absolute():
+        fixed["lora.start"] = str((ROOT / start).resolve())
     for table, key in (("exam", "path"), ("professional", "adapter"), ("professional", "public_text")):
         value = server.get(table, {}).get(key, "")
         if not value and table == "exam" and "exam" in places:

@@ -97,7 +97,7 @@ class RunView:
                 self.status, self.phase = "finished", ""
                 return Text(f"run {_plain(self.run)} finished after {words.time_words(self.elapsed)}")
             case "run_failed":
-                told = (text_of(event.get(key)) for key in ("reason", "error", "message"))
+                told = (text_of(event.get(key)) for key in ("reason", "message", "error"))
                 self.status, self.phase, self.reason = "failed", "", next(filter(None, told), "no reason given")
                 return Text(f"run {_plain(self.run)} failed: {_plain(self.reason)}")
             case _:

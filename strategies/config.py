@@ -23,6 +23,7 @@ from strategies.synthesizers import AnySynthesizer
 from strategies.tuners import AnyTuner
 
 if TYPE_CHECKING:
+    from fl_app.lora import LoraSpec
     from fl_app.models import FrozenModel
     from fl_app.types import Adapter
 
@@ -107,9 +108,23 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         journal=Journal(Path(shared.run.directory)),
         config_digest=digest(tree),
         tree=tree,
-        start=lora.initial(spec, stream(shared.run.seed, "initial adapter")),
+        start=_start(shared, spec),
         quorum=server.network.quorum,
     )
+
+
+def _start(shared: SharedConfig, spec: LoraSpec) -> Adapter:
+    """Return the adapter a run starts from. Raises: ConfigInvalid, AdapterMismatch."""
+    if not shared.lora.start:
+        return lora.initial(spec, stream(shared.run.seed, "initial adapter"))
+    folder = Path(shared.lora.start)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigInvalid(
+            f"lora.start: no PEFT adapter in {folder}; make one with `make professional`, or leave it empty"
+        )
+    adapter = lora.load_peft(folder, base=spec.base)
+    lora.check_spec(adapter, spec)
+    return adapter
 
 
 def _professional_adapter(section: ProfessionalSection, frozen: FrozenModel) -> Adapter | None:

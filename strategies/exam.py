@@ -114,12 +114,12 @@ def read_exam(section: ExamSection, *, seed: int) -> Exam:
     path = Path(section.path)
     if not path.is_file():
         raise ConfigInvalid(f"server.exam.path: no file at {path!s}; expected JSON lines with question and answer")
-    rows = journal.read_lines(path)
-    kept = [row for row in rows if not section.sources or row.get("source") in section.sources]
+    rows = journal.numbered_lines(path)
+    kept = [(line, row) for line, row in rows if not section.sources or row.get("source") in section.sources]
     if not kept:
-        known = ", ".join(sorted({str(row.get("source")) for row in rows}))
+        known = ", ".join(sorted({str(row.get("source")) for _, row in rows}))
         raise ConfigInvalid(f"server.exam.sources {section.sources} match nothing in {path}; it holds: {known}")
-    items = [_item(row, f"{path}:{number}", section) for number, row in enumerate(kept, start=1)]
+    items = [_item(row, f"{path}:{line}", section) for line, row in kept]
     if section.calibrate and len({item.choices for item in items if item.choices}) > 1:
         raise ConfigInvalid("server.exam.calibrate = true needs items that share their choices; set it to false")
     return Exam(
@@ -140,14 +140,26 @@ def _item(row: Mapping[str, Any], where: str, section: ExamSection) -> ExamItem:
     if question is None and "instruction" in row:
         parts = [str(row["instruction"]), str(row.get("input", "") if section.join_input else "")]
         question = "\n".join(part for part in parts if part)
-    choices = tuple(str(choice) for choice in row.get("choices") or ())
+    listed = row.get("choices") or []
+    if not isinstance(listed, list):
+        raise ConfigInvalid(f"{where}: choices is a {type(listed).__name__}; expected a list of texts")
+    choices = tuple(str(choice) for choice in listed)
     answer = row.get("answer") if choices or "output" not in row else row["output"]
     if not question or answer in (None, ""):
         raise ConfigInvalid(f"{where}: an exam item needs question and answer; found keys {', '.join(sorted(row))}")
-    if choices and isinstance(answer, str):
+    if choices:
+        answer = _index(answer, choices, where)
+    return ExamItem(id=str(row.get("id", where)), question=str(question), choices=choices, answer=answer)
+
+
+def _index(answer: object, choices: tuple[str, ...], where: str) -> int:
+    """Return which choice is right, given as an index or as its text."""
+    if "" in choices:
+        raise ConfigInvalid(f"{where}: one of its choices is empty")
+    if isinstance(answer, str):
         if answer not in choices:
             raise ConfigInvalid(f"{where}: answer {answer!r} is none of its choices")
-        answer = choices.index(answer)
-    if choices and not 0 <= int(answer) < len(choices):
-        raise ConfigInvalid(f"{where}: answer {answer} is no index of its {len(choices)} choices")
-    return ExamItem(id=str(row.get("id", where)), question=str(question), choices=choices, answer=answer)
+        return choices.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise ConfigInvalid(f"{where}: answer {answer!r} is no index of its {len(choices)} choices")
+    return answer

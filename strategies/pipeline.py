@@ -113,6 +113,7 @@ class Pipeline:
         )
         with self.phase(0, "exam"):
             self._examine("base", self.lab.local_with(None, "base"))
+            self._examine("start", self.lab.local_with(self.start, "start"))
             self._examine("professional", self.lab.professional)
 
     def broadcast(self, number: int) -> Broadcast:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from fl_app import lora
+from fl_app.errors import AdapterMismatch
 from fl_app.privacy.accountants import pld
 from fl_app.types import AdapterRelease
 
@@ -25,25 +25,11 @@ def broken_rule(upload: Upload, *, spec: LoraSpec, site: Hello | None, round_num
         return f"round: is for round {upload.round}, this is {round_number}"
     if not isinstance(upload.release, AdapterRelease):
         return f"kind: {upload.release.kind} where an adapter is asked"
-    return _broken_adapter(upload, spec) or _broken_receipts(upload, site)
-
-
-def _broken_adapter(upload: Upload, spec: LoraSpec) -> str:
-    assert isinstance(upload.release, AdapterRelease)
-    adapter = upload.release.adapter
-    if adapter.base != spec.base:
-        return f"base: {adapter.base[:12]}, ours is {spec.base[:12]}"
-    if adapter.layers.keys() != spec.shapes.keys():
-        return f"layers: differ in {sorted(adapter.layers.keys() ^ spec.shapes.keys())[:2]}"
-    if adapter.alpha != spec.alpha:
-        return f"alpha: {adapter.alpha}, ours is {spec.alpha}"
-    for name, (d_in, d_out) in spec.shapes.items():
-        factors = adapter.layers[name]
-        if factors.a.shape != (spec.rank, d_in) or factors.b.shape != (d_out, spec.rank):
-            return f"shape: {name} is {factors.a.shape} and {factors.b.shape}"
-        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-            return f"finite: {name} holds NaN or infinity"
-    return ""
+    try:
+        lora.check_spec(upload.release.adapter, spec)
+    except AdapterMismatch as error:
+        return str(error)
+    return _broken_receipts(upload, site)
 
 
 def _broken_receipts(upload: Upload, site: Hello) -> str:

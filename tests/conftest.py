@@ -26,8 +26,8 @@ POLICY: dict[str, dict[str, Any]] = {
     "privacy": {"epsilon": 8.0, "delta": 1e-5, "unit": "record", "max_rows_per_unit": 1},
     "constants": {"sample_rate": 0.25, "expected_batch": 4, "max_tokens": 24},
     "limits": {
-        "min_noise_multiplier": 0.3,
-        "max_noise_multiplier": 20.0,
+        "min_noise_multiplier": 4.0,  # equal bounds leave nothing to search: a round costs epsilon 0.38
+        "max_noise_multiplier": 4.0,
         "max_steps_per_round": 10,
         "max_rounds": 5,
         "release_kinds": ["adapter"],
@@ -44,8 +44,8 @@ class SiteFolder:
 
     directory: Path
 
-    def policy(self, table: str = "site", **changes: Any) -> None:
-        tree = {**POLICY, table: {**POLICY[table], **changes}}
+    def policy(self, **changes: dict[str, Any]) -> None:
+        tree = {table: {**keys, **changes.get(table, {})} for table, keys in POLICY.items()}
         (self.directory / "site.toml").write_text(tomli_w.dumps(tree), encoding="utf-8")
 
     def rows(self, lines: list[str]) -> None:

@@ -322,5 +322,5 @@ def _failure(run: Path) -> str:
     """Return why the run failed, in the journal's words."""
     for line in reversed(read_lines(run / "journal.jsonl")):
         if line.get("event") == "run_failed":
-            return next((text_of(line[key]) for key in ("reason", "error", "message") if text_of(line.get(key))), "")
+            return next((text_of(line[key]) for key in ("reason", "message", "error") if text_of(line.get(key))), "")
     return ""

@@ -60,7 +60,9 @@ def read_codes(path: Path) -> tuple[ControlCode, ...]:
     for number, row in journal.numbered_lines(path):
         name, text = row.get("id"), row.get("text")
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigInvalid(f"{path}:{number}: a control code needs id and text; found keys {', '.join(sorted(row))}")
+            raise ConfigInvalid(
+                f"{path}:{number}: a control code needs id and text; found keys {', '.join(sorted(row))}"
+            )
         if name in codes:
             raise ConfigInvalid(f"{path}:{number}: control code {name!r} is there already; give every code its own id")
         codes[name] = ControlCode(id=name, text=text)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fl_app.sequences import MicroBatch
+    from fl_app.sequences import MicroBatch, TokenSequence
     from fl_app.types import Adapter, Lesson
     from strategies.lab import Lab
     from strategies.stages import Tuner
@@ -60,10 +60,6 @@ class SupervisedTuning:
 
         Raises: RoundFailed when the loss is not finite: the last good target then stays.
         """
-        if not lessons:
-            return adapter
-        import torch
-
         tokenizer = self.lab.local.tokenizer
         system = self.lab.system
         examples = [
@@ -75,6 +71,14 @@ class SupervisedTuning:
             )
             for lesson in lessons
         ]
+        return self.fit(adapter, examples, rng)
+
+    def fit(self, adapter: Adapter, examples: Sequence[TokenSequence], rng: np.random.Generator) -> Adapter:
+        """Return the adapter tuned on token sequences; without any, the same one. Raises: RoundFailed."""
+        if not examples:
+            return adapter
+        import torch
+
         model = self.lab.trainee(adapter)
         weights = list(lora.parameters(model).values())
         optimizer = torch.optim.AdamW(weights, lr=self.section.learning_rate, weight_decay=self.section.weight_decay)
@@ -86,7 +90,7 @@ class SupervisedTuning:
                 order = [int(i) for i in rng.permutation(len(examples))]
             start = (step % per_epoch) * self.section.batch_size
             chosen = [examples[i] for i in order[start : start + self.section.batch_size]]
-            gradients = self._gradients(model, weights, chosen, tokenizer.pad_token_id)
+            gradients = self._gradients(model, weights, chosen, self.lab.local.tokenizer.pad_token_id)
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient / len(chosen)
             norm = torch.nn.utils.clip_grad_norm_(weights, self.section.max_grad_norm)

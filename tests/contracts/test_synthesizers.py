@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_app import lora, models
+from fl_app import lora
 from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid, StillroomError
 from fl_app.seeds import stream
@@ -25,6 +24,8 @@ from strategies.synthesizers.control_codes import CodedSampling, ControlCodes, r
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from fl_app.models import FrozenModel
 
 CODES = tuple(ControlCode(id=f"house/{name}", text=f"A letter about {name}:\n") for name in ("skin", "lung", "heart"))
 ADAPTER = Adapter(
@@ -70,10 +71,7 @@ def _write_codes(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what importing torch and transformers warns of
-        frozen = models.load("tiny-random", "float32")
+def lab(frozen: FrozenModel) -> Iterator[Lab]:
     one = Lab(
         local=frozen,
         professional=frozen,

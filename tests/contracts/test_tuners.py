@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -38,13 +37,6 @@ LESSONS = tuple(
 MEMBERS: tuple[Any, ...] = get_args(get_args(AnyTuner)[0]) if get_args(AnyTuner) else (AnyTuner,)
 SECTIONS: dict[str, dict[str, Any]] = {"sft": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}}
 """Per kind, settings under which five short lessons take a second at most."""
-
-
-@pytest.fixture(scope="module")
-def frozen() -> FrozenModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what importing torch and transformers warns of
-        return models.load("tiny-random", "float32")
 
 
 def _lab(frozen: FrozenModel, threads: int) -> Lab:

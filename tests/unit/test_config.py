@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import datetime
+import datetime as dt
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +21,7 @@ from strategies.config import read_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SMOKE = "configs/smoke.toml"
 READERS: tuple[Callable[[Any], object], ...] = (shared, read_client, read_server, read_simulation, digest)
@@ -205,8 +205,8 @@ LEAVES = st.one_of(
     st.integers(-(2**63), 2**63 - 1),
     st.floats(),
     st.text(max_size=8).filter(lambda s: s.isprintable()),
-    st.just(datetime.date(2026, 1, 2)),
-    st.just(datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)),
+    st.just(dt.date(2026, 1, 2)),
+    st.just(dt.datetime(2026, 1, 2, tzinfo=dt.UTC)),
     st.sampled_from(["length", "pii", "sft", "iid", "dirichlet", "mean_product", "kind", "record"]),
 )
 VALUES = st.recursive(

@@ -1,0 +1,200 @@
+"""Who takes part: waiting for nodes, asking their names, and waves that end in time."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+
+from fl_app import wire
+from fl_app.errors import RoundFailed
+from fl_app.types import Hello, Refusal
+from simulations.local_grid import FIRST_NODE, LocalGrid
+from strategies.cohort import exchange, gather
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from simulations.local_grid import Fault
+
+POLL_S = 0.01
+
+
+def _hello(name: str) -> Hello:
+    return Hello(site=name, epsilon=8.0, delta=1e-5, unit="record", spent=0.5)
+
+
+def _answers(names: list[str]) -> Any:
+    """Return an app whose node number `i` says that it is `names[i]`; "" is busy, "?" answers nonsense, "!" breaks."""
+
+    def app(message: Message, context: Context) -> Message:
+        name = names[int(context.node_config["partition-id"])]
+        if name == "":
+            refusal = Refusal(site="unnamed", round=0, code="policy", incident="abc")
+            return Message(wire.pack_reply(refusal), reply_to=message)
+        if name == "?":
+            return Message(RecordDict({"secrets": ConfigRecord({"row": "text"})}), reply_to=message)
+        if name == "!":
+            return Message(Error(2, "Traceback: the row says ..."), reply_to=message)
+        return Message(wire.pack_reply(_hello(name)), reply_to=message)
+
+    return app
+
+
+class SlowGrid(LocalGrid):
+    """A grid whose nodes appear one by one, one more at every look; `deaf` nodes never answer anything."""
+
+    def __init__(self, names: list[str], *, at_once: int = 0, deaf: tuple[int, ...] = (), **more: Any) -> None:
+        super().__init__(_answers(names), nodes=len(names), run_config={}, **more)
+        self.looks = at_once
+        self.asked: list[int] = []
+        self._deaf = deaf
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return sorted(super().get_node_ids(), reverse=True)[: self.looks - 1]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        wave = list(messages)
+        self.asked += [message.metadata.dst_node_id for message in wave]
+        return super().push_messages(wave)
+
+    def _answer(self, message: Message) -> Message | None:
+        if message.metadata.dst_node_id - FIRST_NODE in self._deaf:
+            return None
+        return super()._answer(message)
+
+
+def _all_there(names: list[str], **more: Any) -> SlowGrid:
+    return SlowGrid(names, at_once=len(names), **more)
+
+
+# --- gather
+
+
+def test_gather_waits_until_the_nodes_are_there() -> None:
+    grid = SlowGrid(["mill", "inn", "farm"])
+
+    cohort = gather(grid, sites=3, wait_s=30.0, poll_s=POLL_S)
+
+    assert grid.looks == 4
+    assert sorted(hello.site for hello in cohort.hellos.values()) == ["farm", "inn", "mill"]
+    assert cohort.unready == {}
+
+
+def test_too_few_nodes_fail_in_time() -> None:
+    grid = _all_there(["mill", "inn"])
+    began = time.monotonic()
+
+    with pytest.raises(RoundFailed, match=r"2 of 3 nodes after 0\.2 s; see server\.network\.sites and wait_s"):
+        gather(grid, sites=3, wait_s=0.2, poll_s=POLL_S)
+
+    assert 0.2 <= time.monotonic() - began < 5.0
+    assert grid.asked == []
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    with pytest.raises(RoundFailed, match="two nodes claim the name mill; give every"):
+        gather(_all_there(["mill", "inn", "mill"]), sites=3, wait_s=5.0, poll_s=POLL_S)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]])
+def test_nodes_stand_in_the_order_of_their_names(names: list[str]) -> None:
+    cohort = gather(_all_there(names), sites=3, wait_s=5.0, poll_s=POLL_S)
+
+    assert cohort.nodes() == [FIRST_NODE + names.index(name) for name in ("a", "b", "c")]
+    assert [cohort.hellos[node].site for node in cohort.nodes()] == ["a", "b", "c"]
+
+
+def test_what_a_site_says_of_itself_is_kept() -> None:
+    cohort = gather(_all_there(["mill"]), sites=1, wait_s=5.0, poll_s=POLL_S)
+
+    assert cohort.hellos == {FIRST_NODE: _hello("mill")}
+
+
+def test_nodes_that_cannot_introduce_themselves_are_left_out_with_their_reason() -> None:
+    cohort = gather(_all_there(["mill", "", "?", "!", "inn"], deaf=(4,)), sites=5, wait_s=0.3, poll_s=POLL_S)
+
+    assert [hello.site for hello in cohort.hellos.values()] == ["mill"]
+    assert cohort.unready.keys() == {FIRST_NODE + node for node in (1, 2, 3, 4)}
+    assert cohort.unready[FIRST_NODE + 1] == "policy"
+    assert cohort.unready[FIRST_NODE + 2].startswith("wire: records ['secrets']")
+    assert cohort.unready[FIRST_NODE + 3] == "error: code 2"
+    assert cohort.unready[FIRST_NODE + 4] == "silent"
+    assert not any("row" in why for why in cohort.unready.values())
+
+
+def test_a_node_too_many_is_asked_as_well() -> None:
+    cohort = gather(_all_there(["mill", "inn", "farm"]), sites=2, wait_s=5.0, poll_s=POLL_S)
+
+    assert len(cohort.hellos) == 3
+
+
+# --- exchange
+
+
+def _wave(grid: LocalGrid) -> list[Message]:
+    return [Message(RecordDict(), node, MessageType.TRAIN, group_id="1", ttl=10.0) for node in grid.get_node_ids()]
+
+
+def _exchange(faults: dict[int, Fault], *, timeout_s: float) -> tuple[list[int], float]:
+    """Send a wave to three nodes; return who answered, by number, and how long it took."""
+    grid = LocalGrid(_answers(["a", "b", "c"]), nodes=3, run_config={}, faults=faults)
+    heard: list[int] = []
+    began = time.monotonic()
+
+    def hear(reply: Message) -> None:
+        heard.append(reply.metadata.src_node_id - FIRST_NODE)
+
+    exchange(grid, _wave(grid), timeout_s=timeout_s, poll_s=POLL_S, on_reply=hear)
+    return heard, time.monotonic() - began
+
+
+def test_a_wave_ends_when_all_have_answered() -> None:
+    heard, took = _exchange({}, timeout_s=60.0)
+
+    assert sorted(heard) == [0, 1, 2]
+    assert took < 30.0
+
+
+def test_a_wave_with_a_silent_node_ends_at_the_deadline() -> None:
+    heard, took = _exchange({1: "silent"}, timeout_s=0.3)
+
+    assert sorted(heard) == [0, 2]
+    assert 0.3 <= took < 5.0
+
+
+def test_an_error_is_an_answer() -> None:
+    heard, took = _exchange({1: "raises"}, timeout_s=60.0)
+
+    assert sorted(heard) == [0, 1, 2]
+    assert took < 30.0
+
+
+def test_nobody_asked_nothing_awaited() -> None:
+    grid = LocalGrid(_answers([]), nodes=0, run_config={})
+    began = time.monotonic()
+
+    exchange(grid, [], timeout_s=60.0, poll_s=POLL_S, on_reply=lambda _: pytest.fail("nobody was asked"))
+
+    assert time.monotonic() - began < 30.0
+
+
+def test_a_reply_to_something_else_is_not_handed_over() -> None:
+    """A late reply of an earlier wave comes in; it does not count as an answer to this one."""
+
+    class Late(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(super().pull_messages(message_ids))
+            for reply in found:
+                reply.metadata.__dict__["_reply_to_message_id"] = "another"
+            return found
+
+    grid = Late(_answers(["a"]), nodes=1, run_config={})
+    heard: list[Message] = []
+
+    exchange(grid, _wave(grid), timeout_s=0.1, poll_s=POLL_S, on_reply=heard.append)
+
+    assert heard == []
