@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -43,7 +43,7 @@ class ExamSection(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = 48
     sources: list[str] = Field(default_factory=list)
     calibrate: bool = False
-    join_input: bool = True
+    join_input: Literal["append", "input_only"] = "append"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +130,12 @@ def read_exam(section: ExamSection, *, seed: int) -> Exam:
     )
 
 
+def joined(row: Mapping[str, Any], how: Literal["append", "input_only"]) -> str:
+    """Return instruction and input of a corpus row as one question, or the input alone where there is one."""
+    parts = [str(row["instruction"]), str(row.get("input") or "")]
+    return parts[1] if how == "input_only" and parts[1] else "\n".join(part for part in parts if part)
+
+
 def _some(items: Sequence[ExamItem], count: int, seed: int, name: str) -> tuple[ExamItem, ...]:
     order = stream(seed, "exam", name).permutation(len(items))[:count]
     return tuple(items[i] for i in sorted(int(i) for i in order))
@@ -138,8 +144,7 @@ def _some(items: Sequence[ExamItem], count: int, seed: int, name: str) -> tuple[
 def _item(row: Mapping[str, Any], where: str, section: ExamSection) -> ExamItem:
     question = row.get("question")
     if question is None and "instruction" in row:
-        parts = [str(row["instruction"]), str(row.get("input", "") if section.join_input else "")]
-        question = "\n".join(part for part in parts if part)
+        question = joined(row, section.join_input)
     listed = row.get("choices") or []
     if not isinstance(listed, list):
         raise ConfigInvalid(f"{where}: choices is a {type(listed).__name__}; expected a list of texts")

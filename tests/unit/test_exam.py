@@ -83,9 +83,9 @@ def test_items_with_question_and_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("join_input", "question"), [(True, "Judge the mood.\nProfits fell."), (False, "Judge the mood.")]
+    ("join_input", "question"), [("append", "Judge the mood.\nProfits fell."), ("input_only", "Profits fell.")]
 )
-def test_rows_of_a_corpus(tmp_path: Path, join_input: bool, question: str) -> None:
+def test_rows_of_a_corpus(tmp_path: Path, join_input: str, question: str) -> None:
     row = {"instruction": "Judge the mood.", "input": "Profits fell.", "output": "Bad.", "source": "news"}
     path = _write(tmp_path, row, {**row, "choices": ["bad", "good"], "answer": "bad"})
 
