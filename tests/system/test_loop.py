@@ -52,7 +52,7 @@ SMALL = (
 )
 """Smaller than smoke. Its filter by length drops all that the tiny model writes, and then nothing is ever taught."""
 ONE_ROUND = (*SMALL, "run.rounds=1")
-MODELS = ("base", "adapter", "target_round_1", "target_round_2", "professional")
+MODELS = ("base", "start", "adapter", "target_round_1", "target_round_2", "professional")
 PHASES = ("train", "aggregate", "synthesise", "filter", "distil", "tune", "exam", "broadcast", "total")
 SITES = ("site-0", "site-1")
 
@@ -539,6 +539,17 @@ def test_a_capped_run_leaves_budget_for_the_next() -> None:
         spent = [summary["epsilon"][site]["spent"] for summary in (one, other)]
         assert 2.0 < spent[0] <= 3.0 < spent[1] <= 6.0
     assert ledger.read_bytes().startswith(before)
+
+
+def test_a_run_may_start_from_an_adapter(first: Told) -> None:
+    """The last target of one run is where another begins, and what its sites are sent."""
+    start = first.directory / "target"
+    summary = launch.play(_prepare("from-a-target", (*ONE_ROUND, f'lora.start="{start}"')))
+
+    assert summary["exam"]["start"] == first.summary["exam"]["target_round_2"]
+    assert summary["exam"]["base"] == first.summary["exam"]["base"]
+    assert summary["exam"]["start"] != summary["exam"]["base"]
+    assert summary["hashes"]["round_1/target"] != first.summary["hashes"]["round_2/target"]
 
 
 # --- two sides that read different things

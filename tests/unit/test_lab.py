@@ -33,7 +33,7 @@ OPTIONS = [["yes", "no"], ["thyme"], ["a", "bb", "ccc"], ["no", "yes"], ["thyme 
 """Two, one and three options: three widths, interleaved."""
 
 
-def _lab(frozen: FrozenModel, *, threads: int, adapter: Adapter | None = None) -> Lab:
+def _lab(frozen: FrozenModel, *, threads: int, adapter: Adapter | None = None, batch_rows: int = 3) -> Lab:
     return Lab(
         local=frozen,
         professional=frozen,
@@ -41,7 +41,7 @@ def _lab(frozen: FrozenModel, *, threads: int, adapter: Adapter | None = None) -
         professional_name="Dr. Sage",
         system="Be brief.",
         threads=threads,
-        batch_rows=3,
+        batch_rows=batch_rows,
         public_words=frozenset(),
     )
 
@@ -115,8 +115,13 @@ def test_equal_prompts_of_a_batch_are_sampled_apart(alone: Lab) -> None:
 # --- likelihoods of options of several widths
 
 
-def test_options_of_mixed_widths_are_those_of_each_prompt_alone(alone: Lab, frozen: FrozenModel) -> None:
-    table = alone.local_with(None, "base").option_likelihood(PROMPTS, OPTIONS)
+@pytest.mark.parametrize("batch_rows", [3, 12], ids=["one prompt a batch", "all prompts of a width"])
+def test_options_of_mixed_widths_are_those_of_each_prompt_alone(frozen: FrozenModel, batch_rows: int) -> None:
+    lab = _lab(frozen, threads=1, batch_rows=batch_rows)
+    try:
+        table = lab.local_with(None, "base").option_likelihood(PROMPTS, OPTIONS)
+    finally:
+        lab.close()
 
     assert [len(row) for row in table] == [len(row) for row in OPTIONS]
     for prompt, options, row in zip(PROMPTS, OPTIONS, table, strict=True):
