@@ -52,3 +52,25 @@ setup: .venv/.ready
 
 clean:  ## what can be made again; never a site's ledger, never a run
 	rm -rf build/corpus .pytest_cache .ruff_cache .hypothesis
+
+DATA ?= ../shared/data
+.PHONY: professional-finance professional-medical start
+start: corpus  ## train the demo's start adapter: writes questions after control codes, from public text
+	$(BIN)/python -m simulations.professional --writes --public build/corpus/public.jsonl --codes build/corpus/codes.jsonl \
+	  --rank 8 --first-layer 20 --rows 1600 --out simulations/corpus/start
+
+professional-finance: setup  ## professional and start for configs/finance.toml (about 6 minutes)
+	$(BIN)/python -m simulations.professional --public $(DATA)/finance/public.jsonl --source sentfin --source tfns \
+	  --rows 1200 --max-tokens 96 --out build/finance/professional \
+	  --judge 'Is the text below a request about money, markets or banking? Reply yes or no.\n\nText: {text}'
+	$(BIN)/python -m simulations.professional --writes --public $(DATA)/finance/public.jsonl --source sentfin --source tfns \
+	  --code-column source --code-text 'A request about financial text ({value}):\n' \
+	  --rank 8 --first-layer 20 --rows 500 --max-tokens 96 --out build/finance/start
+
+professional-medical: setup  ## professional and start for configs/medical.toml (about 8 minutes)
+	$(BIN)/python -m simulations.professional --public $(DATA)/medical/public.jsonl --join-input input_only \
+	  --rows 450 --max-tokens 160 --out build/medical/professional \
+	  --judge 'Is the text below a health question or a message about health? Reply yes or no.\n\nText: {text}'
+	$(BIN)/python -m simulations.professional --writes --public $(DATA)/medical/public.jsonl --join-input input_only \
+	  --code-column source --code-text 'A message about health ({value}):\n' \
+	  --rank 8 --first-layer 20 --rows 500 --max-tokens 96 --out build/medical/start

@@ -142,7 +142,6 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     shared, asked = settings.shared, settings.asked
     policy = site.policy
     learner = asked.learner.build()
-    simulated = shared.run.mode == "simulation"
     _check_policy(policy, learner, broadcast, shared)
     ledger = site.ledger(policy)
     resend = _resend(site, policy, ledger, broadcast)
@@ -168,7 +167,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     bench = Workbench(
         model=frozen,
         codes=_codes(site.directory),
-        noise=_noise(policy, broadcast, shared, simulated=simulated),
+        noise=_noise(policy, shared, entry=reservation.seq),
         system=shared.model.system,
     )
     release = learner(rows, broadcast.adapter, receipt, policy.public_constants(), bench)
@@ -278,10 +277,13 @@ def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast
     return None
 
 
-def _noise(policy: SitePolicy, broadcast: Broadcast, shared: SharedConfig, *, simulated: bool) -> NoiseSource:
-    """Return seeded noise in a simulation, the operating system's everywhere else."""
-    if simulated:
-        return SimulatedNoise(stream(shared.run.seed, "noise", policy.site.name, broadcast.round))
+def _noise(policy: SitePolicy, shared: SharedConfig, *, entry: int) -> NoiseSource:
+    """Return seeded noise in a simulation, the operating system's everywhere else.
+
+    The seeded stream is named after its entry in the ledger, so that no two releases of a site share noise.
+    """
+    if shared.run.mode == "simulation":
+        return SimulatedNoise(stream(shared.run.seed, "noise", policy.site.name, entry))
     return SecureNoise()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -212,10 +213,10 @@ def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "f
         tensors[f"{_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
         tensors[f"{_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
     file = save(tensors, metadata={"format": "pt", "stillroom_base": adapter.base})
-    (folder / "adapter_model.safetensors").write_bytes(_with_sorted_header(file))
+    _replace(folder / "adapter_model.safetensors", _with_sorted_header(file))
     config = _config(adapter, base_model_name_or_path=base_name, task_type="CAUSAL_LM", inference_mode=True)
     text = json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    _replace(folder / "adapter_config.json", (text + "\n").encode())
 
 
 def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
@@ -243,6 +244,16 @@ def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
             raise AdapterMismatch(f"{folder}: layer {name} has only factor {', '.join(found)}")
     layers = {name: LoraFactors(a=found["a"], b=found["b"]) for name, found in parts.items()}
     return Adapter(layers=layers, alpha=float(config["lora_alpha"]), base=known_base)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: written beside its place, fsynced, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
 
 
 def _block(name: str) -> int:

@@ -143,7 +143,7 @@ class PolicyTemplate(Section):
     expected_batch: Annotated[int, Field(ge=1)]
     max_tokens: Annotated[int, Field(ge=8, le=8192)] = 96
     min_noise_multiplier: Annotated[float, Field(gt=0)] = 0.3
-    max_noise_multiplier: Annotated[float, Field(gt=0)] = 20.0
+    max_noise_multiplier: Annotated[float, Field(gt=0)] = 5.0
     max_steps_per_round: Annotated[int, Field(ge=1)] = 200
     max_rounds: Annotated[int, Field(ge=1)] = 100
     release_kinds: Annotated[tuple[ReleaseKind, ...], Field(strict=False)] = ("adapter",)

@@ -159,6 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(argv)
+    arguments.judge, arguments.code_text = (
+        text.replace("\\n", "\n") for text in (arguments.judge, arguments.code_text)
+    )
     try:
         train(arguments, Console(stderr=True))
     except StillroomError as error:

@@ -67,14 +67,15 @@ class Knowledge(Strategy):
             metrics = self.aggregate_evaluate(rounds, replies)
             if metrics is not None:
                 result.evaluate_metrics_clientapp[rounds] = metrics
-        except StillroomError as error:
+            write_summary(pipeline, status="completed", seconds=time.monotonic() - began)
+            pipeline.journal.event("run_finished")
+        except BaseException as error:
             pipeline.journal.event("run_failed", error=type(error).__name__, message=str(error))
-            write_summary(pipeline, status="failed", error=str(error), seconds=time.monotonic() - began)
+            said = str(error) if isinstance(error, StillroomError) else f"{type(error).__name__}: {error}"
+            write_summary(pipeline, status="failed", error=said, seconds=time.monotonic() - began)
             raise
         finally:
             pipeline.lab.close()
-        write_summary(pipeline, status="completed", seconds=time.monotonic() - began)
-        pipeline.journal.event("run_finished")
         return result
 
     def open(self, grid: Grid) -> None:

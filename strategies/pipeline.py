@@ -170,7 +170,13 @@ class Pipeline:
             sound: list[Upload] = []
             rejected = dict(collected.broken)
             for upload in sorted(collected.uploads, key=lambda item: item.site):
-                rule = broken_rule(upload, spec=self.spec, site=self.sites.get(upload.site), round_number=number)
+                rule = broken_rule(
+                    upload,
+                    spec=self.spec,
+                    site=self.sites.get(upload.site),
+                    round_number=number,
+                    earlier=self.receipts.get(upload.site, ()),
+                )
                 if rule:
                     rejected[upload.site] = rule
                 else:

@@ -10,15 +10,27 @@ from fl_app.privacy.accountants import pld
 from fl_app.types import AdapterRelease
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fl_app.lora import LoraSpec
-    from fl_app.types import Hello, Upload
+    from fl_app.types import DpReceipt, Hello, Upload
 
 TOLERANCE = 1e-6
 """Relative slack between two computations of one epsilon on different machines."""
 
 
-def broken_rule(upload: Upload, *, spec: LoraSpec, site: Hello | None, round_number: int) -> str:
-    """Return the rule an upload breaks, with the layer where there is one; empty when it is sound."""
+def broken_rule(
+    upload: Upload,
+    *,
+    spec: LoraSpec,
+    site: Hello | None,
+    round_number: int,
+    earlier: Sequence[DpReceipt] = (),
+) -> str:
+    """Return the rule an upload breaks, with the layer where there is one; empty when it is sound.
+
+    `earlier` are the receipts of this site's sound uploads in former rounds of this run.
+    """
     if site is None:
         return "site: not a member of this run"
     if upload.round != round_number:
@@ -29,15 +41,15 @@ def broken_rule(upload: Upload, *, spec: LoraSpec, site: Hello | None, round_num
         lora.check_spec(upload.release.adapter, spec)
     except AdapterMismatch as error:
         return str(error)
-    return _broken_receipts(upload, site)
+    return _broken_receipts(upload, site, earlier)
 
 
-def _broken_receipts(upload: Upload, site: Hello) -> str:
+def _broken_receipts(upload: Upload, site: Hello, earlier: Sequence[DpReceipt]) -> str:
     if not upload.receipts:
         return "receipt: none, so the release is not private"
     if any(receipt.unit != site.unit for receipt in upload.receipts):
         return f"receipt: unit is not {site.unit}"
-    recomputed = pld.epsilon(upload.receipts, site.delta)
+    recomputed = pld.epsilon([*earlier, *upload.receipts], site.delta)
     if not recomputed <= upload.spent * (1 + TOLERANCE):
         return f"receipt: adds up to {recomputed:.4g}, the site says {upload.spent:.4g} in all"
     if not upload.spent <= site.epsilon * (1 + TOLERANCE):

@@ -18,6 +18,7 @@ from pydantic import Field
 from fl_app import lora, models, sequences
 from fl_app.config import Section
 from fl_app.errors import RoundFailed
+from fl_app.sequences import FrozenPrefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from fl_app.types import Adapter, Lesson
     from strategies.lab import Lab
     from strategies.stages import Tuner
+
+
+_MOST_STATE_BYTES = 1 << 30
 
 
 class Sft(Section):
@@ -80,6 +84,7 @@ class SupervisedTuning:
         import torch
 
         model = self.lab.trainee(adapter)
+        frozen = self._frozen(model, adapter, examples)
         weights = list(lora.parameters(model).values())
         optimizer = torch.optim.AdamW(weights, lr=self.section.learning_rate, weight_decay=self.section.weight_decay)
         per_epoch = math.ceil(len(examples) / self.section.batch_size)
@@ -90,7 +95,7 @@ class SupervisedTuning:
                 order = [int(i) for i in rng.permutation(len(examples))]
             start = (step % per_epoch) * self.section.batch_size
             chosen = [examples[i] for i in order[start : start + self.section.batch_size]]
-            gradients = self._gradients(model, weights, chosen, self.lab.local.tokenizer.pad_token_id)
+            gradients = self._gradients(model, frozen, weights, chosen, self.lab.local.tokenizer.pad_token_id)
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient / len(chosen)
             norm = torch.nn.utils.clip_grad_norm_(weights, self.section.max_grad_norm)
@@ -102,12 +107,25 @@ class SupervisedTuning:
             self.lab.progress(step + 1, total)
         return lora.read(model, alpha=adapter.alpha, base=adapter.base)
 
-    def _gradients(self, model: Any, weights: list[Any], chosen: Sequence[Any], pad_id: int) -> list[Any]:
+    def _frozen(self, model: Any, adapter: Adapter, examples: Sequence[TokenSequence]) -> FrozenPrefix | None:
+        """Return the states below the first adapted block, computed once, when they pay and fit in a gigabyte."""
+        first = sequences.first_adapted_block(adapter.layers)
+        size = sum(len(one.ids) for one in examples) * self.lab.local.model.config.hidden_size * 4
+        if self.section.epochs == 1 or first == 0 or size > _MOST_STATE_BYTES or not sequences.can_be_cut(model):
+            return None
+        pad_id = self.lab.local.tokenizer.pad_token_id
+        batches = sequences.micro_batches(examples, max_batch_tokens=self.section.micro_batch_tokens, pad_id=pad_id)
+        parts = self.lab.side_by_side(lambda batch: sequences.frozen_states(model, batch, first), batches)
+        return FrozenPrefix(first_block=first, states={key: state for part in parts for key, state in part.items()})
+
+    def _gradients(
+        self, model: Any, frozen: FrozenPrefix | None, weights: list[Any], chosen: Sequence[Any], pad_id: int
+    ) -> list[Any]:
         """Return the sum over `chosen` of the gradients of their losses."""
         import torch
 
         def one(batch: MicroBatch) -> Any:
-            return torch.autograd.grad(sequences.example_losses(model, batch).sum(), weights)
+            return torch.autograd.grad(sequences.example_losses(model, batch, frozen).sum(), weights)
 
         batches = sequences.micro_batches(chosen, max_batch_tokens=self._cut(chosen), pad_id=pad_id)
         parts = self.lab.side_by_side(one, batches)

@@ -187,7 +187,7 @@ def test_site_toml_has_exactly_the_agreed_keys(tmp_path: Path) -> None:
         "constants": {"sample_rate": 0.05, "expected_batch": 64, "max_tokens": 96},
         "limits": {
             "min_noise_multiplier": 0.3,
-            "max_noise_multiplier": 20.0,
+            "max_noise_multiplier": 5.0,
             "max_steps_per_round": 200,
             "max_rounds": 100,
             "release_kinds": ["adapter"],

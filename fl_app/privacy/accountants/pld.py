@@ -11,6 +11,7 @@ in refusing to convolve what is far beyond any budget.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from typing import TYPE_CHECKING, TypeAlias
@@ -92,7 +93,9 @@ def label() -> str:
     return f"PLD (dp-accounting {importlib.metadata.version('dp-accounting')}, grid {GRID:g})"
 
 
+@functools.lru_cache(maxsize=64)
 def _loss(event: dp_accounting.DpEvent) -> PrivacyLossDistribution:
+    """Return the loss of one composed event; kept for the next question: it is a function of public values."""
     import dp_accounting as dp
     from dp_accounting.pld import privacy_loss_distribution as pld
 
