@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_app import lora
-from fl_app.sequences import MicroBatch, TokenSequence, encode, example_losses, micro_batches
+from fl_app.config import LoraSection
+from fl_app.sequences import (
+    FrozenPrefix,
+    MicroBatch,
+    TokenSequence,
+    encode,
+    example_losses,
+    first_adapted_block,
+    frozen_states,
+    micro_batches,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,3 +204,39 @@ def test_rows_without_loss_have_loss_zero_and_no_gradient(model: Any) -> None:
     mixed = losses(model, [*rows, TokenSequence(ids=(5, 6, 7), loss_from=1)], 4096)
     assert mixed[:2] == [0.0, 0.0]
     assert mixed[2] > 0
+
+
+def _top_only(frozen: FrozenModel, seed: int) -> Any:
+    """Return a model with adapters in its last block alone, so that the first is frozen."""
+    section = LoraSection(rank=2, alpha=4.0, targets=("q_proj", "down_proj"), first_layer=1)
+    adapter = lora.initial(lora.spec_of(frozen, section), np.random.default_rng(seed))
+    model = lora.attach(frozen, adapter)
+    assert first_adapted_block(adapter.layers) == 1
+    return model
+
+
+def test_losses_over_frozen_states_are_the_losses(frozen: FrozenModel, examples: list[TokenSequence]) -> None:
+    model = _top_only(frozen, 3)
+    whole = micro_batches(examples, max_batch_tokens=10_000, pad_id=0)
+    states = {key: row for batch in whole for key, row in frozen_states(model, batch, 1).items()}
+    prefix = FrozenPrefix(first_block=1, states=states)
+
+    for batch in micro_batches(examples, max_batch_tokens=80, pad_id=0):
+        plain, cached = example_losses(model, batch), example_losses(model, batch, prefix)
+        assert cached.tolist() == pytest.approx(plain.tolist(), rel=REL)
+
+
+def test_frozen_states_of_another_block_are_noticed(frozen: FrozenModel, examples: list[TokenSequence]) -> None:
+    """The twin: states taken at the wrong depth give other losses, so the test above can fail."""
+    model = _top_only(frozen, 3)
+    batch = micro_batches(examples, max_batch_tokens=10_000, pad_id=0)[0]
+    wrong = FrozenPrefix(first_block=1, states=frozen_states(model, batch, 0))
+
+    assert example_losses(model, batch, wrong).tolist() != pytest.approx(
+        example_losses(model, batch).tolist(), rel=1e-3
+    )
+
+
+def test_the_first_adapted_block() -> None:
+    assert first_adapted_block(["model.layers.7.mlp.up_proj", "model.layers.12.self_attn.q_proj"]) == 7
+    assert first_adapted_block(["lm_head", "model.layers.12.self_attn.q_proj"]) == 0

@@ -1,0 +1,149 @@
+"""Collects figures of finished runs into `results.jsonl` and makes `docs/results.md` from that file.
+
+    python benchmarks/results.py add runs/<id> [runs/<id> ...]    append one line per run, with the commit
+    python benchmarks/results.py table                            write docs/results.md
+
+Figures are never typed into the documentation; a line here is the only way in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results.jsonl"
+PAGE = ROOT / "docs" / "results.md"
+NAMES = {
+    "base": "base model",
+    "start": "start (public warm start)",
+    "adapter": "sites' merged DP adapter alone",
+    "professional": "professional",
+    "upper_bound": "non-private: raw rows, pooled",
+}
+METRICS = {
+    "choice_accuracy": "multiple choice",
+    "choice_macro_f1": "macro F1",
+    "bits_per_byte": "bits per byte (lower is better)",
+    "rouge_l": "ROUGE-L",
+}
+
+
+def add(run: Path) -> dict[str, Any]:
+    """Append the figures of one run and return them."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    exam = dict(summary["exam"])
+    bound = run / "upper_bound.json"
+    if bound.is_file():
+        exam["upper_bound"] = json.loads(bound.read_text(encoding="utf-8"))["exam"]
+    config = (run / "config.toml").read_text(encoding="utf-8")
+    seed = int(next(line for line in config.splitlines() if line.startswith("seed = ")).split("=")[1])
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    line = {
+        "kind": "run",
+        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        "name": run.name.rsplit("-", 1)[0],
+        "seed": seed,
+        "exam": exam,
+        "epsilon": {
+            site: {key: one[key] for key in ("spent", "budget", "delta", "rdp", "by_round", "noise_multiplier")}
+            for site, one in summary["epsilon"].items()
+        },
+        "statement": next(iter(summary["epsilon"].values()))["accountant"],
+        "seconds": summary["seconds"],
+        "bytes": summary["bytes"],
+        "drafts": summary["drafts"],
+        "lessons": summary["lessons"],
+    }
+    with RESULTS.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(line, sort_keys=True) + "\n")
+    return line
+
+
+def table() -> str:
+    """Return the page: one section per name, one row per model, mean and range over seeds, pooled interval."""
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    runs = [line for line in lines if line["kind"] == "run"]
+    page = [
+        "# Results",
+        "",
+        "Made by `python benchmarks/results.py table` from `benchmarks/results.jsonl`; one line there per run with its",
+        "commit. Each cell: mean over seeds, and in brackets the lowest and highest end of the single runs' 95 %",
+        "intervals (Wilson for shares, bootstrap over items for the rest). Simulated sites: seeded noise.",
+    ]
+    for name in dict.fromkeys(run["name"] for run in runs):
+        page += ["", f"## {name}", "", *_section([run for run in runs if run["name"] == name])]
+    return "\n".join(page) + "\n"
+
+
+def _section(runs: list[dict[str, Any]]) -> list[str]:
+    latest = list({run["seed"]: run for run in runs}.values())
+    metrics = [metric for metric in METRICS if any(metric in run["exam"].get("base", {}) for run in latest)]
+    rounds = sorted({model for run in latest for model in run["exam"] if model.startswith("target_round_")})
+    order = ["base", "start", "adapter", *rounds, "professional", "upper_bound"]
+    head = ["model", *(METRICS[metric] for metric in metrics)]
+    out = [
+        f"Seeds {', '.join(str(run['seed']) for run in latest)}; commits {', '.join(run['commit'] for run in latest)}.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+    ]
+    for model in order:
+        if any(model in run["exam"] for run in latest):
+            label = NAMES.get(model, model.replace("target_round_", "target after round "))
+            out.append(f"| {label} | {' | '.join(_cell(latest, model, metric) for metric in metrics)} |")
+    seconds = {phase: _mean([run["seconds"].get(phase, 0.0) for run in latest]) for phase in latest[0]["seconds"]}
+    drafts = [run["drafts"] for run in latest]
+    out += [
+        "",
+        "Epsilon per site (of its budget, at its delta; per record, add or remove one, Poisson sampling, "
+        f"{latest[0]['statement']}): "
+        + "; ".join(
+            f"{site} {one['spent']:.3f} of {one['budget']:g} at {one['delta']:g} (after each round "
+            f"{', '.join(f'{value:.3f}' for value in one['by_round'])}; noise {one['noise_multiplier'][0]:g})"
+            for site, one in latest[0]["epsilon"].items()
+        )
+        + ".",
+        "",
+        f"Drafts written {_mean([d['written'] for d in drafts]):.0f}, kept {_mean([d['kept'] for d in drafts]):.0f}. "
+        "Seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items()) + ".",
+    ]
+    return out
+
+
+def _cell(runs: list[dict[str, Any]], model: str, metric: str) -> str:
+    found = [run["exam"][model][metric] for run in runs if metric in run["exam"].get(model, {})]
+    if not found:
+        return ""
+    low, high = min(one["low"] for one in found), max(one["high"] for one in found)
+    return f"{_mean([one['value'] for one in found]):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("add").add_argument("runs", type=Path, nargs="+")
+    actions.add_parser("table")
+    arguments = parser.parse_args()
+    if arguments.action == "add":
+        for run in arguments.runs:
+            print(json.dumps(add(run), sort_keys=True))
+    else:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(table(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
