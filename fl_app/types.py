@@ -187,12 +187,13 @@ class ControlCode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a draft comes from."""
+    """Where a draft comes from; `prompt` is the public text it was sampled after, empty when there was none."""
 
     round: int
     method: str
     code: str
     stream: str
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,12 +216,13 @@ class Screened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lesson:
-    """A synthetic instruction with the professional's answer."""
+    """A synthetic instruction with the professional's answer; `prompt` as in the draft's origin."""
 
     draft_id: str
     instruction: str
     answer: str
     teacher: str
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -164,7 +164,15 @@ class EndpointDistiller:
                 left_out[outcome.skipped] += 1
                 continue
             teacher, answer = self.section.model, outcome.text
-            lessons.append(Lesson(draft_id=draft.id, instruction=draft.instruction, answer=answer, teacher=teacher))
+            lessons.append(
+                Lesson(
+                    draft_id=draft.id,
+                    instruction=draft.instruction,
+                    answer=answer,
+                    teacher=teacher,
+                    prompt=draft.origin.prompt,
+                )
+            )
         _log.info("teacher: %d lessons of %d drafts; left out: %s", len(lessons), len(drafts), dict(left_out))
         return tuple(lessons)
 

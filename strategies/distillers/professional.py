@@ -65,7 +65,13 @@ class ProfessionalDistiller:
         )
         answers = [self._clean(one) for one in raw]
         return tuple(
-            Lesson(draft_id=draft.id, instruction=draft.instruction, answer=answer, teacher=model.name)
+            Lesson(
+                draft_id=draft.id,
+                instruction=draft.instruction,
+                answer=answer,
+                teacher=model.name,
+                prompt=draft.origin.prompt,
+            )
             for draft, answer in zip(drafts, answers, strict=True)
             if answer
         )

@@ -94,7 +94,10 @@ class CodedSampling:
             rng=rng,
         )
         return tuple(
-            _draft(text.strip(), Origin(round=round_number, method=self.section.kind, code=code.id, stream=str(index)))
+            _draft(
+                text.strip(),
+                Origin(round=round_number, method=self.section.kind, code=code.id, stream=str(index), prompt=code.text),
+            )
             for index, (code, text) in enumerate(zip(chosen, texts, strict=True))
         )
 

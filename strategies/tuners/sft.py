@@ -3,6 +3,9 @@
 A step takes `batch_size` lessons; its micro-batches run side by side on the lab's threads and their gradients are
 summed in a fixed order, so the result does not depend on the number of threads.
 
+The next round's sites start from the target. A target that learned answers alone writes answers where letters are
+asked, so with `rehearse` it also keeps writing instructions after their public control codes: both are synthetic text.
+
 Source: KnowledgeSG (2410.05725), step 6; AdamW, Loshchilov & Hutter 2017. trl's SFTTrainer is not used because its
 result depends on global random state and on the number of workers (DECISIONS.md).
 """
@@ -35,7 +38,10 @@ _MOST_STATE_BYTES = 1 << 30
 
 
 class Sft(Section):
-    """[server.tuner] kind = "sft". Linear warm-up over `warmup` of the steps, then cosine to a tenth."""
+    """[server.tuner] kind = "sft". Linear warm-up over `warmup` of the steps, then cosine to a tenth.
+
+    `rehearse` is the share of lessons whose instruction the target also learns to write after its control code.
+    """
 
     kind: Literal["sft"]
     epochs: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -46,6 +52,7 @@ class Sft(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    rehearse: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def build(self, lab: Lab) -> Tuner:
         """Return the stage."""
@@ -75,6 +82,12 @@ class SupervisedTuning:
             )
             for lesson in lessons
         ]
+        rehearsed = [lesson for lesson in lessons if lesson.prompt]
+        for index in rng.permutation(len(rehearsed))[: round(self.section.rehearse * len(rehearsed))]:
+            lesson = rehearsed[int(index)]
+            examples.append(
+                sequences.encode(tokenizer, lesson.prompt, lesson.instruction, max_tokens=self.section.max_tokens)
+            )
         return self.fit(adapter, examples, rng)
 
     def fit(self, adapter: Adapter, examples: Sequence[TokenSequence], rng: np.random.Generator) -> Adapter:
