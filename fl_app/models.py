@@ -184,7 +184,9 @@ def _converted(gguf: Path) -> Path:
     if not (target / "config.json").is_file():
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as hf_logging
 
+        hf_logging.disable_progress_bar()
         source, name = str(gguf.parent), gguf.name
         tokenizer: Any = AutoTokenizer.from_pretrained(source, gguf_file=name)
         model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)

@@ -220,7 +220,7 @@ class Pipeline:
                     "sha256": lora.sha256(upload.release.adapter),
                     "event": "; ".join(str(receipt.event) for receipt in upload.receipts),
                     "guarantee": f"this run so far ({self.epsilon(upload.site):.4g}, {hello.delta:g})-DP per "
-                    f"{hello.unit}, {upload.receipts[0].relation}, Poisson sampling, {pld.label()}",
+                    f"{hello.unit}, {upload.receipts[0].relation}",
                 }
             )
             self._site(number, upload.site, "trained", bytes=collected.bytes_up.get(upload.site, 0), epsilon=spent)

@@ -195,10 +195,10 @@ def read_summary(
 
 
 def rank_of_model(name: str) -> tuple[int, int, str]:
-    """Return a sort key: base, adapter, targets by round, professional, anything else by name."""
+    """Return a sort key: base, start, adapter, targets by round, professional, anything else by name."""
     if found := re.fullmatch(r"target_round_(\d+)", name):
-        return (2, int(found[1]), name)
-    return ({"base": 0, "adapter": 1, "professional": 3}.get(name, 4), 0, name)
+        return (3, int(found[1]), name)
+    return ({"base": 0, "start": 1, "adapter": 2, "professional": 4}.get(name, 5), 0, name)
 
 
 def _values(value: object, read: Callable[[object], Any]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def samples(record: Record) -> Html:
             "article",
             tag("h4", f"Round {each.round}, dropped: ", tag("span", words.plain(each.reason), class_="reason")),
             _excerpt(each.instruction, "question"),
-            _excerpt(each.response, "answer"),
+            _excerpt(each.response, "answer") if each.response else "",
         )
         for each in record.drop_samples
     ]

@@ -25,7 +25,12 @@ METRIC_NAMES = {
     "rouge_l": "ROUGE-L of free answers",
     "bits_per_byte": "Bits per byte",
 }
-MODEL_NAMES = {"base": "Base model", "adapter": "DP adapter", "professional": "Professional"}
+MODEL_NAMES = {
+    "base": "Base model",
+    "start": "Start (public)",
+    "adapter": "DP adapter",
+    "professional": "Professional",
+}
 ABBREVIATIONS = {"pii": "PII"}
 STAMP_SIMULATION = "SIMULATION"
 
