@@ -210,7 +210,7 @@ def _codes(simulation: SimulationSection, rows: Sequence[CorpusRow], places: Map
     if not simulation.code_column:
         raise ConfigInvalid("simulation.code_column is empty, and this corpus brings no control codes")
     values = sorted({row.code for row in rows})
-    path = home.with_name(f"{home.name}-simulation") / "codes.jsonl"
+    path = home.with_name(f"{home.name}-codes.jsonl")
     journal.write_lines(
         path, [{"id": value, "text": simulation.code_text.replace("{value}", value)} for value in values]
     )

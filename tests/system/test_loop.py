@@ -23,6 +23,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fl_app import lora
 from fl_app.errors import RoundFailed
+from fl_app.journal import read_lines
 from simulations import launch
 from strategies import cohort
 from strategies.aggregators.mean_factors import mean_factors
@@ -614,6 +615,28 @@ def test_a_corpus_without_rows_exits_2(workplace: Path) -> None:
     assert result.code == 2
     assert "empty.jsonl holds no rows" in result.err
     assert not result.home.exists()
+
+
+def test_a_corpus_of_ones_own_becomes_sites_with_codes_from_a_column(workplace: Path) -> None:
+    corpus = workplace / "own.jsonl"
+    rows = [{"instruction": f"Question {i}?", "output": "Yes.", "ward": f"ward {i % 2}"} for i in range(12)]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exam = workplace / "own-exam.jsonl"
+    exam.write_text(json.dumps({"question": "Yes?", "choices": ["yes", "no"], "answer": 0}) + "\n")
+    more = (
+        f'simulation.corpus="{corpus}"',
+        'simulation.code_column="ward"',
+        'simulation.code_text="A note from {value}:"',
+        'simulation.partition={kind="column", column="ward"}',
+        f'server.exam.path="{exam}"',
+    )
+
+    prepared = _prepare("own-corpus", (*ONE_ROUND, *more))
+
+    codes = [read_lines(site.directory / "codes.jsonl") for site in prepared.federation.sites]
+    assert codes == [[{"id": f"ward {i}", "text": f"A note from ward {i}:"} for i in range(2)]] * 2
+    rows_there = [read_lines(site.directory / "rows.jsonl") for site in prepared.federation.sites]
+    assert [{row["code"] for row in site} for site in rows_there] == [{"ward 0"}, {"ward 1"}]
 
 
 def test_a_configuration_that_is_not_there_exits_2() -> None:
