@@ -626,6 +626,7 @@ def test_a_corpus_of_ones_own_becomes_sites_with_codes_from_a_column(workplace: 
     more = (
         f'simulation.corpus="{corpus}"',
         'simulation.code_column="ward"',
+        "simulation.plant_share=0.0",
         'simulation.code_text="A note from {value}:"',
         'simulation.partition={kind="column", column="ward"}',
         f'server.exam.path="{exam}"',
