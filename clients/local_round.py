@@ -9,6 +9,7 @@ opaque id leaves; the reason stays in the site's own log.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -29,6 +30,7 @@ from fl_app.errors import (
     ModelMissing,
     PolicyRefusal,
     RowsInvalid,
+    RunInvalid,
     StillroomError,
 )
 from fl_app.privacy.accountants import pld
@@ -59,6 +61,7 @@ _CODES: tuple[tuple[type[StillroomError], RefusalCode], ...] = (
     (ModelMissing, "model"),
     (AdapterMismatch, "policy"),
     (ConfigInvalid, "policy"),
+    (RunInvalid, "policy"),
 )
 
 
@@ -80,6 +83,8 @@ class Site:
             raise RowsInvalid(f"no rows at {rows}: a site directory holds rows.jsonl and site.toml")
         with rows.open("rb") as handle:
             fingerprint = hashlib.file_digest(handle, "sha256").hexdigest()
+        # Seeded noise protects nobody, so its spending may never be certified together with real spending.
+        fingerprint += "+simulation" if policy.limits.simulation else ""
         return Ledger.open(self.directory / "ledger" / "ledger.jsonl", dataset=fingerprint, unit=policy.privacy.unit)
 
 
@@ -100,7 +105,9 @@ def guarded(site: Site, run: str, round_number: int, answer: Callable[[], ReplyT
         return answer()
     except StillroomError as error:
         return _refuse(site, run, round_number, _code(error), f"{type(error).__name__}: {error}")
-    except Exception:  # noqa: BLE001 - the wall: whatever a library raises may quote a row
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001 - the wall: whatever a library raises may quote a row
         return _refuse(site, run, round_number, "internal", traceback.format_exc())
 
 
@@ -143,20 +150,21 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     policy = site.policy
     learner = asked.learner.build()
     _check_policy(policy, learner, broadcast, shared)
+    # A name used again for another configuration is another run: ledger, kept noise, cap and outbox all go by this.
+    broadcast = dataclasses.replace(broadcast, run=f"{broadcast.run}.{broadcast.config_digest[:16]}")
     ledger = site.ledger(policy)
     resend = _resend(site, policy, ledger, broadcast)
     if resend is not None:
         return resend
 
     receipt, budget = _announced(policy, ledger, learner, broadcast, shared, asked)
+    frozen = models.load(shared.model.name, shared.model.dtype)
+    lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
+    codes = _codes(site.directory)
     rows = read_private_rows(
         site.directory / "rows.jsonl", unit=policy.privacy.unit, max_rows_per_unit=policy.privacy.max_rows_per_unit
     )
-    frozen = models.load(shared.model.name, shared.model.dtype)
-    if frozen.resolved.sha256 != broadcast.adapter.base:
-        raise PolicyRefusal(
-            f"broadcast is for base {broadcast.adapter.base[:12]}, ours is {frozen.resolved.sha256[:12]}"
-        )
+    ledger = site.ledger(policy)  # once more: these rows, and not others put in their place meanwhile
     reservation = ledger.reserve(
         run=broadcast.run,
         round_number=broadcast.round,
@@ -166,7 +174,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     )
     bench = Workbench(
         model=frozen,
-        codes=_codes(site.directory),
+        codes=codes,
         noise=_noise(policy, shared, entry=reservation.seq),
         system=shared.model.system,
     )
@@ -204,6 +212,10 @@ def _check_policy(policy: SitePolicy, learner: Learner, broadcast: Broadcast, sh
         raise PolicyRefusal(f"base model {broadcast.adapter.base[:12]} is not on the list of site.toml")
     if shared.run.mode == "simulation" and not limits.simulation:
         raise PolicyRefusal("run.mode is 'simulation' (seeded noise, no privacy); this site trains in production only")
+    if shared.run.mode == "production" and limits.simulation:
+        raise PolicyRefusal(
+            "site.toml allows simulation, so its ledger certifies nothing; set limits.simulation = false"
+        )
 
 
 def _announced(
@@ -254,7 +266,12 @@ def _announced(
             f"run {broadcast.run} began with noise multiplier {multiplier}, site.toml now asks for at least "
             f"{policy.limits.min_noise_multiplier}; start a new run"
         )
-    return learner.announce(policy.public_constants(), multiplier), budget
+    receipt = learner.announce(policy.public_constants(), multiplier)
+    if not (total := pld.epsilon([*ledger.receipts(), receipt], delta)) <= budget:
+        raise BudgetSpent(
+            f"run {broadcast.run} round {broadcast.round} would reach epsilon {total:.4g} of {budget:.4g}"
+        )
+    return receipt, budget
 
 
 def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast) -> Upload | None:

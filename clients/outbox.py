@@ -29,6 +29,10 @@ def put(outbox: Path, *, run: str, round_number: int, adapter: Adapter, base_nam
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
+    for place in (target.parent, outbox):
+        descriptor = os.open(place, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     return lora.sha256(adapter)
 
 

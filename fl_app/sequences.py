@@ -87,8 +87,8 @@ def encode(tokenizer: Any, prefix: str, text: str, *, max_tokens: int, end: bool
     an empty text without an end token carries none and has a loss of zero.
     """
     assert max_tokens >= 2  # noqa: PLR2004 - the configuration's own bound is 8; [-0:] would keep the whole prefix
-    prefix_ids = tokenizer(prefix, add_special_tokens=False)["input_ids"][-(max_tokens - 1) :]
-    text_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prefix_ids = tokenizer(prefix, add_special_tokens=False, verbose=False)["input_ids"][-(max_tokens - 1) :]
+    text_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if end:
         text_ids = [*text_ids, tokenizer.eos_token_id]
     if not prefix_ids:

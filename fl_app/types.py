@@ -1,7 +1,8 @@
 """The values that travel a round, in order of appearance.
 
 Every field here is releasable. A number that depends on private rows and is covered by no receipt (a loss, a row
-count, an accuracy) has no field to live in: what is public is a field, what may be private is an argument.
+count, an accuracy) has no field to live in. One exception is named: the seconds of a wave, which anybody on the wire
+could clock. Otherwise what is public is a field, what may be private is an argument.
 The first traveller, `PrivateRows`, is therefore not here but in `clients.private_rows`.
 
 Legend of shapes: r = LoRA rank, d_in and d_out = features of the adapted linear map.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fl_app.types import DpReceipt, RefusalCode
+
+SITE_NAME = r"[a-z0-9][a-z0-9-]{0,62}"
+"""A site's logical id; it names a directory on the server, so it is held to this before anything else."""
 
 BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256"})
 UPLOAD_KEYS = frozenset({"site", "round", "kind", "base", "alpha", "sha256", "receipts", "spent"})
@@ -148,6 +152,10 @@ def _pack_hello(hello: Hello) -> RecordDict:
 def unpack_hello(content: RecordDict) -> Hello:
     """Return how a site introduced itself. Raises: WireViolation."""
     fields = _manifest(content, "hello", HELLO_KEYS, allowed={"hello"})
+    if not re.fullmatch(SITE_NAME, _text(fields, "site")):
+        raise WireViolation("site is no logical id: lower-case letters, digits and hyphens, at most 63")
+    if not 0 < _number(fields, "delta") < 1 or not _number(fields, "epsilon") > 0:
+        raise WireViolation("delta must lie between 0 and 1, epsilon above 0")
     return Hello(
         site=_text(fields, "site"),
         epsilon=_number(fields, "epsilon"),

@@ -28,7 +28,7 @@ class SimulationSection(Section):
     partition: Partition
     policy: PolicyTemplate
     policy_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    plant_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    plant_share: Annotated[float, Field(ge=0, le=1)] | None = None
     max_rows_per_site: Annotated[int, Field(ge=0)] = 0
     code_column: str = ""
     code_text: str = "{value}:\n"

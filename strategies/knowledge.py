@@ -8,6 +8,7 @@ Source: KnowledgeSG (2410.05725), made multi-site, multi-round, and without priv
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,8 @@ class Knowledge(Strategy):
             except WireViolation as error:
                 broken[site] = f"wire: {error}"
                 continue
+            if isinstance(reply, Refusal) and reply.site == "unnamed":
+                reply = dataclasses.replace(reply, site=site)
             if reply.site != site:
                 broken[site] = "site: the reply names another site"
             elif isinstance(reply, Upload):
@@ -185,7 +188,7 @@ class Knowledge(Strategy):
             refusals=tuple(refusals),
             broken=broken,
             silent=tuple(site for site in sites if site not in heard),
-            asked=len(sites),
+            asked=max(len(sites), self.network.sites),
             bytes_up=bytes_up,
             bytes_down=dict.fromkeys(sites, self._bytes_down),
             seconds=self._seconds,

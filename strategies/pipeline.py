@@ -11,6 +11,7 @@ Everything after `validate` is post-processing of DP releases and public inputs,
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -86,6 +87,8 @@ class Pipeline:
     records: list[RoundRecord] = field(default_factory=list)
     scores: dict[str, Mapping[str, Score]] = field(default_factory=dict)
     released: list[dict[str, Any]] = field(default_factory=list)
+    unheard: set[str] = field(default_factory=set)
+    unready: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,7 @@ class Pipeline:
     def open(self, sites: Mapping[str, Hello], unready: Mapping[str, str]) -> None:
         """Begin the run: who is here, what is configured, and where base and professional stand before any round."""
         self.sites = dict(sites)
+        self.unready = dict(unready)
         journal.write_toml(self.journal.directory / "config.toml", self.tree)
         journal.write_text(self.journal.directory / "digest.txt", self.config_digest + "\n")
         self.journal.event(
@@ -179,6 +183,7 @@ class Pipeline:
                 )
                 if rule:
                     rejected[upload.site] = rule
+                    self._spent(upload.site, upload.spent)
                 else:
                     sound.append(upload)
             self._enter(number, sound, rejected, collected, folder)
@@ -188,9 +193,10 @@ class Pipeline:
                 raise RoundFailed(
                     f"round {number}: {len(sound)} of {collected.asked} sites sent a sound upload, {need:g} needed "
                     f"(refused: {refused or 'none'}; rejected: {', '.join(rejected) or 'none'}; silent: "
-                    f"{', '.join(collected.silent) or 'none'}). The target of the last round is kept."
+                    f"{', '.join(collected.silent) or 'none'}; never ready: "
+                    f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept."
                 )
-            merged = self.stages.aggregator(sound)
+            merged = dataclasses.replace(self.stages.aggregator(sound), rejected=rejected)
             lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
         return merged
 
@@ -207,10 +213,7 @@ class Pipeline:
             receipts = [receipt_to_dict(receipt) for receipt in upload.receipts]
             journal.write_json(place / "receipts.json", receipts)
             hello = self.sites[upload.site]
-            spent = max(upload.spent, self.epsilon(upload.site))
-            self.sites[upload.site] = type(hello)(
-                site=hello.site, epsilon=hello.epsilon, delta=hello.delta, unit=hello.unit, spent=spent
-            )
+            spent = self._spent(upload.site, max(upload.spent, self.epsilon(upload.site)))
             self.released.append(
                 {
                     "site": upload.site,
@@ -224,12 +227,23 @@ class Pipeline:
                 }
             )
             self._site(number, upload.site, "trained", bytes=collected.bytes_up.get(upload.site, 0), epsilon=spent)
+        heard = {upload.site for upload in collected.uploads}
+        self.unheard |= {*collected.broken, *collected.silent} - heard
+        self.unheard |= {refusal.site for refusal in collected.refusals if refusal.code in {"internal", "ledger"}}
         for refusal in collected.refusals:
             self._site(number, refusal.site, "refused", code=refusal.code)
         for site, rule in rejected.items():
             self._site(number, site, "rejected", code=rule)
         for site in collected.silent:
             self._site(number, site, "silent")
+
+    def _spent(self, site: str, spent: float) -> float:
+        """Raise what a site is known to have spent, and return it; an upload that was rejected has cost as well."""
+        hello = self.sites.get(site)
+        if hello is None:
+            return spent
+        self.sites[site] = dataclasses.replace(hello, spent=max(hello.spent, spent))
+        return self.sites[site].spent
 
     def _screen(self, drafts: Sequence[Draft]) -> tuple[tuple[Draft, ...], dict[str, str]]:
         """Pass the drafts through every filter in order; a reason starts with the name of its filter."""
@@ -269,7 +283,7 @@ class Pipeline:
             round=number,
             used=merged.used,
             refused={refusal.site: refusal.code for refusal in collected.refusals},
-            rejected={**collected.broken, **merged.rejected},
+            rejected=dict(merged.rejected),
             silent=collected.silent,
             drafts_written=len(drafts),
             drafts_kept=len(drafts) - len(dropped),

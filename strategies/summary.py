@@ -2,11 +2,13 @@
 
     exam.<model>.<metric>.{value,low,high,count,higher_is_better[,chance]}   models: base, adapter, target_round_<n>,
                                                                               professional
-    epsilon.<site>.{spent,budget,delta,unit,relation,sampling,accountant,rdp,by_round,noise_multiplier}
+    epsilon.<site>.{spent,spent_is_lower_bound,budget,delta,unit,relation,sampling,accountant,rdp,by_round,noise_multiplier}
     seconds.<phase>   seconds_by_round[]   bytes.{up,down}.<site>   drafts.{written,kept,dropped,by_round}
     lessons   rounds[]   left_site[]   hashes.<artefact>   models.{local,professional}   config_digest   status
 
-`spent` is over the life of the site's ledger; `rdp` is a second accountant's view of this run's receipts alone.
+`spent` is over the life of the site's ledger as far as the server knows it: `spent_is_lower_bound` marks a site that
+was asked to train and never heard of, so that its ledger may hold more. `rdp` is a second accountant's view of this
+run's receipts alone.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ def write_summary(pipeline: Pipeline, *, status: str, error: str = "", seconds: 
             }
             for record in pipeline.records
         ],
+        "unready": pipeline.unready,
         "left_site": pipeline.released,
         "hashes": {f"round_{r.round}/{name}": digest for r in pipeline.records for name, digest in r.hashes.items()},
     }
@@ -82,6 +85,7 @@ def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
     receipts = pipeline.receipts.get(site, [])
     return {
         "spent": hello.spent,
+        "spent_is_lower_bound": site in pipeline.unheard,
         "budget": hello.epsilon,
         "delta": hello.delta,
         "unit": hello.unit,
@@ -132,7 +136,8 @@ def _card(pipeline: Pipeline, summary: dict[str, Any]) -> str:
         for metric, one in summary["exam"].get(model, {}).items()
     )
     budgets = "\n".join(
-        f"- {site}: epsilon {one['spent']:.4g} of {one['budget']:g} at delta {one['delta']:g}, per {one['unit']}, "
+        f"- {site}: epsilon {'at least ' if one['spent_is_lower_bound'] else ''}{one['spent']:.4g} of "
+        f"{one['budget']:g} at delta {one['delta']:g}, per {one['unit']}, "
         f"{one['relation']}, {one['sampling']} sampling, {one['accountant']}"
         for site, one in summary["epsilon"].items()
     )

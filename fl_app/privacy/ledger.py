@@ -19,7 +19,7 @@ until the next append and so also tells that a shorter copy of the ledger was pu
 | a byte, a hash, a number or a key is off     | edited                                           | LedgerCorrupt    |
 | both files gone, or both older               | cannot be seen here; `verify(known_head)` can    | new ledger       |
 
-Out of scope: an owner who rewrites both files with fresh hashes. The head travels with every upload, so whoever keeps
+Out of scope: an owner who rewrites both files with fresh hashes. `head` is there to be sent along, so whoever keeps
 the last one can tell. Every operation takes an exclusive lock and reads the file anew: nothing is remembered between
 calls, threads and processes may share a ledger. Needs POSIX locks: a local disk, not a network share.
 
@@ -220,7 +220,8 @@ class Ledger:
         ):
             if found != wanted:
                 raise LedgerCorrupt(
-                    f"{self._path} line 1 is the ledger of {name} {found!r}, not {wanted!r}; give this one its own path"
+                    f"{self._path} line 1 is the ledger of {name} {found!r}, not {wanted!r}; "
+                    "only rows that share no unit with the old ones may get their own path"
                 )
 
     def _complete_tail(self, descriptor: int) -> bytes:

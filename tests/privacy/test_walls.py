@@ -265,6 +265,12 @@ def test_values_of_another_type_are_refused(name: str, key: str) -> None:
         ("broadcast", "alpha", 9.0),
         ("refusal", "code", "no such code"),
         ("refusal", "code", ""),
+        ("hello", "site", "../../tmp/x"),
+        ("hello", "site", "/x"),
+        ("hello", "site", ""),
+        ("hello", "delta", 0.0),
+        ("hello", "delta", 1.0),
+        ("hello", "epsilon", 0.0),
     ],
 )
 def test_values_that_say_something_else_are_refused(name: str, key: str, value: Any) -> None:

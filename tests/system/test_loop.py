@@ -25,7 +25,7 @@ from fl_app import lora
 from fl_app.errors import RoundFailed
 from fl_app.journal import read_lines
 from simulations import launch
-from strategies import cohort
+from strategies import cohort, pipeline
 from strategies.aggregators.mean_factors import mean_factors
 
 if TYPE_CHECKING:
@@ -615,6 +615,20 @@ def test_a_corpus_without_rows_exits_2(workplace: Path) -> None:
     assert result.code == 2
     assert "empty.jsonl holds no rows" in result.err
     assert not result.home.exists()
+
+
+def test_a_rejected_site_is_reported_and_what_it_spent_counts(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pipeline.broken_rule
+
+    def strict(upload: Any, **more: Any) -> str:
+        return "shape: injected" if upload.site == "site-1" else plain(upload, **more)
+
+    monkeypatch.setattr(pipeline, "broken_rule", strict)
+    summary = launch.play(_prepare("rejected", ONE_ROUND))
+
+    (first,) = summary["rounds"]
+    assert (first["used"], first["rejected"]) == (["site-0"], {"site-1": "shape: injected"})
+    assert summary["epsilon"]["site-1"]["spent"] == summary["epsilon"]["site-0"]["spent"] > 0
 
 
 def test_a_corpus_of_ones_own_becomes_sites_with_codes_from_a_column(workplace: Path) -> None:

@@ -60,6 +60,10 @@ def broadcast(adapter: Adapter, round_number: int = 1, run: str = "run-a") -> Br
     return Broadcast(run=run, round=round_number, adapter=adapter, config_digest="d")
 
 
+RUN_A = "run-a.d"
+"""How the site's ledger calls the run: its name and its configuration's digest."""
+
+
 def ledger_of(site: Site) -> Ledger:
     return site.ledger(site.policy)
 
@@ -128,7 +132,7 @@ def test_a_round_reserves_learns_commits_and_uploads(site: Site, start: Adapter)
     _, reserved, committed = ledger_of(site).entries()
     assert isinstance(reserved, Reserved)
     assert isinstance(committed, Committed)
-    assert (reserved.run, reserved.round, reserved.receipts) == ("run-a", 1, (receipt,))
+    assert (reserved.run, reserved.round, reserved.receipts) == (RUN_A, 1, (receipt,))
     assert (committed.id, committed.sha256) == (reserved.id, lora.sha256(adapter))
     assert not (site.directory / "site.log").exists()
 
@@ -207,7 +211,7 @@ def test_a_resend_comes_from_the_outbox(
 
 def test_a_changed_or_lost_outbox_is_never_sent(site: Site, start: Adapter, learned: Any) -> None:
     uploaded(ask(site, broadcast(start), settings()))
-    folder = site.directory / "outbox" / "run-a" / "round-1"
+    (folder,) = (site.directory / "outbox").glob("*/round-1")
     lora.save_peft(learned(8), folder, base_name="tiny-random")
     refused(site, ask(site, broadcast(start), settings()), "ledger", "is not the release committed as")
     shutil.rmtree(folder)
@@ -280,7 +284,7 @@ def test_a_base_on_the_list_is_trained(site: Site, site_folder: Any, start: Adap
 
 def test_a_broadcast_for_another_base_spends_nothing(site: Site, start: Adapter) -> None:
     other = dataclasses.replace(start, base="f" * 64)
-    refused(site, ask(site, broadcast(other), settings()), "policy", "broadcast is for base ffffffffffff")
+    refused(site, ask(site, broadcast(other), settings()), "policy", "base: ffffffffffff")
     assert ledger_of(site).receipts() == ()
 
 
@@ -459,9 +463,10 @@ def test_production_noise_has_no_seed(
 
 @pytest.mark.parametrize(("mode", "kind"), [("production", SecureNoise), ("simulation", SimulatedNoise)])
 def test_the_mode_decides_the_noise(
-    mode: str, kind: type, site: Site, start: Adapter, monkeypatch: pytest.MonkeyPatch
+    mode: str, kind: type, site: Site, site_folder: Any, start: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A site that allows simulations still trains in production with the operating system's noise."""
+    """A site serves one of the two: seeded spending may not be certified together with real spending."""
+    site_folder.policy(limits={"simulation": mode == "simulation"})
     seen = []
     plain = DpLoraLearner.__call__
 
@@ -472,6 +477,20 @@ def test_the_mode_decides_the_noise(
     monkeypatch.setattr(DpLoraLearner, "__call__", watch)
     uploaded(ask(site, broadcast(start), settings(mode=mode)))
     assert [type(noise) for noise in seen] == [kind]
+
+
+def test_production_is_refused_where_simulation_is_allowed(site: Site, start: Adapter) -> None:
+    refused(site, ask(site, broadcast(start), settings(mode="production")), "policy", "allows simulation")
+
+
+def test_a_run_name_used_again_for_another_configuration_is_another_run(site: Site, start: Adapter) -> None:
+    told = settings(rounds=1, epsilon=1.0)
+    first = uploaded(ask(site, broadcast(start), told))
+    other = dataclasses.replace(broadcast(start), config_digest="another")
+    second = uploaded(ask(site, other, told))
+
+    assert second.spent > first.spent
+    assert lora.sha256(adapter_of(second)) != lora.sha256(adapter_of(first))
 
 
 def test_units_of_a_column_are_bounded_before_learning(

@@ -45,7 +45,7 @@ class Words:
     bos_token_id: int | None = 90
     eos_token_id = 99
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
         return {"input_ids": [ord(letter) - 96 for letter in text]}
 
