@@ -4,7 +4,7 @@
     SimulatedNoise(rng)      simulation: a seeded stream; bit-identical reruns, and therefore no privacy at all
 
 A learner takes a `NoiseSource` and cannot tell which; what decides is the site's policy, and whoever writes an
-artefact reads `simulated` to stamp it `SIMULATION - NOT PRIVATE`.
+artefact goes by the run's mode to stamp it `SIMULATION - NOT PRIVATE`.
 
 Out of scope: clipping, scaling and adding. What this module hardens is the sampler; a caller that adds the noise in
 float32 rounds the *sum* to float32, and the textbook analysis is of real numbers (Mironov 2012; Casacuberta et al.

@@ -199,7 +199,7 @@ class EndpointDistiller:
             max_retries=0,
         )
         with client, ThreadPoolExecutor(self.section.max_concurrency, thread_name_prefix="teacher") as pool:
-            jobs = [pool.submit(self._ask, client, key, asked, stop) for key, asked in unknown.items()]
+            jobs = [pool.submit(self._ask_or_stop, client, key, asked, stop) for key, asked in unknown.items()]
             try:
                 wait(jobs, return_when=FIRST_EXCEPTION)
             finally:
@@ -208,6 +208,16 @@ class EndpointDistiller:
         for job in jobs:
             if not job.cancelled():
                 job.result()
+
+    def _ask_or_stop(self, client: OpenAI, key: str, instruction: str, stop: threading.Event) -> None:
+        """Ask, and let no other prompt go out once this one has failed for good."""
+        asked = False
+        try:
+            self._ask(client, key, instruction, stop)
+            asked = True
+        finally:
+            if not asked:
+                stop.set()
 
     def _ask(self, client: OpenAI, key: str, instruction: str, stop: threading.Event) -> None:
         """Put the outcome of one prompt into the book.
