@@ -19,7 +19,9 @@ from fl_app.config import digest, read_tree, shared  # noqa: E402
 from fl_app.errors import PolicyRefusal  # noqa: E402
 
 if TYPE_CHECKING:
-    from fl_app.types import Broadcast
+    from collections.abc import Callable
+
+    from fl_app.types import Broadcast, Probe, Upload
 
 app = ClientApp()
 
@@ -37,6 +39,14 @@ def _settings(context: Context, broadcast: Broadcast) -> local_round.Settings:
     return local_round.Settings(shared=shared(tree), asked=read_client(tree))
 
 
+def _answer(message: Message, context: Context, work: Callable[..., Upload | Probe]) -> Message:
+    site, broadcast = _site(context), wire.unpack_broadcast(message.content)
+    reply = local_round.guarded(
+        site, broadcast.run, broadcast.round, lambda: work(site, broadcast, _settings(context, broadcast))
+    )
+    return Message(wire.pack_reply(reply), reply_to=message)
+
+
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Answer with the site's name and public policy."""
@@ -48,18 +58,10 @@ def hello(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Answer with a DP release, or a refusal."""
-    site, broadcast = _site(context), wire.unpack_broadcast(message.content)
-    reply = local_round.guarded(
-        site, broadcast.run, broadcast.round, lambda: local_round.train(site, broadcast, _settings(context, broadcast))
-    )
-    return Message(wire.pack_reply(reply), reply_to=message)
+    return _answer(message, context, local_round.train)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Answer with the broadcast's score on public text: free of budget, spent or not."""
-    site, broadcast = _site(context), wire.unpack_broadcast(message.content)
-    reply = local_round.guarded(
-        site, broadcast.run, broadcast.round, lambda: local_round.probe(site, broadcast, _settings(context, broadcast))
-    )
-    return Message(wire.pack_reply(reply), reply_to=message)
+    return _answer(message, context, local_round.probe)
