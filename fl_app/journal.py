@@ -4,16 +4,21 @@
       config.toml digest.txt     what was asked            journal.jsonl   what happened, live
       rounds/<n>/                releases/ merged/ drafts.jsonl screened.json lessons.jsonl target/
       target/                    the newest target, PEFT   summary.json    every figure of the report
+      client_level/              the server's own ledger, where an aggregator adds noise
       report.html                written by the simulator
 
 Everything here is releasable: adapters that sites released, synthetic text, and figures computed from both.
 A file is either whole or absent: it is written beside its place, fsynced and renamed.
+
+JSON has no infinity, and an epsilon may be infinite (a release without noise): a float that is not finite stands as
+the text "inf", "-inf" or "nan" in every file, never as a bare word that only Python reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from dataclasses import asdict, is_dataclass
@@ -41,7 +46,7 @@ class Journal:
 
     def event(self, name: str, **fields: object) -> None:
         """Append one line to `journal.jsonl`: the event, seconds since the start, and its public fields."""
-        line = json.dumps({"event": name, "t": round(time.monotonic() - self._start, 3), **fields}, default=_plain)
+        line = _json({"event": name, "t": round(time.monotonic() - self._start, 3), **fields})
         with (self.directory / "journal.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(line + "\n")
 
@@ -65,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Replace the file at `path` with indented JSON; dataclasses become objects."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, default=_plain) + "\n")
+    write_text(path, _json(value, indent=1, sort_keys=True) + "\n")
 
 
 def write_toml(path: Path, tree: Mapping[str, Any]) -> None:
@@ -75,7 +80,7 @@ def write_toml(path: Path, tree: Mapping[str, Any]) -> None:
 
 def write_lines(path: Path, values: Iterable[object]) -> None:
     """Replace the file at `path` with one JSON line per value."""
-    write_text(path, "".join(json.dumps(value, sort_keys=True, default=_plain) + "\n" for value in values))
+    write_text(path, "".join(_json(value, sort_keys=True) + "\n" for value in values))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -114,9 +119,20 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _plain(value: object) -> Any:
+def _json(value: object, *, indent: int | None = None, sort_keys: bool = False) -> str:
+    return json.dumps(_plain(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold, all the way down."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    if isinstance(value, (set, frozenset, tuple)):
-        return list(value)
+        return _plain(asdict(value))
     raise TypeError(f"{type(value).__name__} does not belong into a run directory")

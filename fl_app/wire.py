@@ -123,7 +123,7 @@ def unpack_reply(content: RecordDict) -> Upload | Refusal:
         round=_whole(manifest, "round"),
         release=AdapterRelease(adapter=adapter),
         receipts=_receipts(_text(manifest, "receipts")),
-        spent=_number(manifest, "spent"),
+        spent=_spending(manifest, "spent"),
     )
 
 
@@ -161,7 +161,7 @@ def unpack_hello(content: RecordDict) -> Hello:
         epsilon=_number(fields, "epsilon"),
         delta=_number(fields, "delta"),
         unit=_text(fields, "unit"),
-        spent=_number(fields, "spent"),
+        spent=_spending(fields, "spent"),
     )
 
 
@@ -263,6 +263,11 @@ def _number(fields: Mapping[str, Any], key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise WireViolation(f"{key} = {str(value)[:80]!r} is no finite number from 0")
     return float(value)
+
+
+def _spending(fields: Mapping[str, Any], key: str) -> float:
+    """Return an epsilon; infinite is what a site has spent that ever released without noise, and it may say so."""
+    return math.inf if fields[key] == math.inf else _number(fields, key)
 
 
 def _whole(fields: Mapping[str, Any], key: str) -> int:

@@ -186,6 +186,19 @@ def test_receipts_of_every_kind_travel(receipts: tuple[DpReceipt, ...] | None) -
     assert found.receipts == receipts
 
 
+def test_a_release_without_receipts_travels_with_an_infinite_epsilon() -> None:
+    """And so does the hello of a site that ever sent one; no other number of a message may be infinite."""
+    upload = Upload(site="inn", round=1, release=UPLOAD.release, receipts=None, spent=float("inf"))
+    hello = Hello(site="inn", epsilon=8.0, delta=1e-5, unit="record", spent=float("inf"))
+
+    found = wire.unpack_reply(recorddict_from_proto(recorddict_to_proto(wire.pack_reply(upload))))
+    greeting = wire.unpack_hello(recorddict_from_proto(recorddict_to_proto(wire.pack_reply(hello))))
+
+    assert isinstance(found, Upload)
+    assert (found.receipts, found.spent) == (None, float("inf"))
+    assert greeting == hello
+
+
 @pytest.mark.parametrize(
     "release",
     [
@@ -234,6 +247,7 @@ WRONG: dict[str, list[Any]] = {
     "text": [3, 0.5, True, b"x", ["x"], [1]],
     "whole": ["3", 0.5, True, -1, b"x", [1], float("nan")],
     "number": ["3", True, -0.5, float("nan"), float("inf"), -float("inf"), b"x", [1.0]],
+    "spending": ["3", True, -0.5, float("nan"), -float("inf"), b"x", [1.0], [float("inf")]],
     "alpha": ["8", 8, True, 0.0, -1.0, float("nan"), float("inf"), 1e6, [8.0]],
 }
 KINDS = {
@@ -241,7 +255,8 @@ KINDS = {
         ["run", "config_digest", "base", "sha256", "site", "kind", "receipts", "code", "incident", "unit"], "text"
     ),
     **dict.fromkeys(["round", "items"], "whole"),
-    **dict.fromkeys(["spent", "epsilon", "delta", "bits_per_byte"], "number"),
+    **dict.fromkeys(["epsilon", "delta", "bits_per_byte"], "number"),
+    "spent": "spending",
     "alpha": "alpha",
 }
 
