@@ -169,13 +169,32 @@ class Probe:
     bits_per_byte: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLevelCost:
+    """What a merged adapter cost every site of the cohort, under a trusted server that added the noise.
+
+    `spent` of `budget` is the epsilon at `delta` of everything that the cohort's ledger at the server ever reserved;
+    `scope` says in words what that ledger covers.
+    """
+
+    receipt: DpReceipt
+    spent: float
+    budget: float
+    delta: float
+    scope: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Merged:
-    """The aggregate of one round. `rejected` maps a site to the rule its upload broke."""
+    """The aggregate of one round. `rejected` maps a site to the rule its upload broke.
+
+    `cost` is None unless the aggregator itself made the adapter private at client level.
+    """
 
     adapter: Adapter
     used: tuple[str, ...]
     rejected: Mapping[str, str] = field(default_factory=dict[str, str])
+    cost: ClientLevelCost | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +268,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundRecord:
-    """One line of the journal: what a round did, in figures that may all be published."""
+    """One line of the journal: what a round did, in figures that may all be published.
+
+    `client_epsilon` is what the merged adapters so far cost every site, where the aggregator adds noise; else None.
+    """
 
     round: int
     used: tuple[str, ...]
@@ -266,3 +288,4 @@ class RoundRecord:
     bytes_up: Mapping[str, int]
     bytes_down: Mapping[str, int]
     hashes: Mapping[str, str]
+    client_epsilon: float | None = None

@@ -33,6 +33,7 @@ def upper_bound(run: Path, sites: Path, *, rows: int, epochs: int) -> dict[str, 
     tree = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     tree["run"]["directory"] = str(run / "upper_bound")
     tree["server"]["tuner"]["epochs"] = epochs
+    tree["server"]["aggregator"] = {"kind": "mean_factors"}  # nothing is merged, so no ledger is asked for rounds
     settings = shared(tree)
     pipeline = build_pipeline(tree, settings, read_server(tree), run=f"{run.name}-upper-bound")
     lessons = [

@@ -19,6 +19,7 @@ from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
 from strategies.pipeline import Pipeline, Stages
+from strategies.stages import Setting
 from strategies.synthesizers import AnySynthesizer
 from strategies.tuners import AnyTuner
 
@@ -51,8 +52,9 @@ class ProfessionalSection(Section):
 
 
 class ServerSection(Section):
-    """[server]."""
+    """[server]. `accept_non_private` takes releases without receipts; the run is then labelled by them."""
 
+    accept_non_private: bool = False
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     network: NetworkSection
@@ -91,8 +93,16 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         batch_rows=server.batch_rows,
         public_words=_public_words(server.professional),
     )
+    setting = Setting(
+        run=run,
+        mode=shared.run.mode,
+        seed=shared.run.seed,
+        rounds=shared.run.rounds,
+        sites=server.network.sites,
+        directory=Path(shared.run.directory),
+    )
     stages = Stages(
-        aggregator=server.aggregator.build(),
+        aggregator=server.aggregator.build(setting),
         synthesizer=server.synthesizer.build(lab),
         filters=tuple((section.kind, section.build(lab)) for section in server.filters),
         distiller=server.distiller.build(lab),
@@ -110,13 +120,14 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         tree=tree,
         start=_start(shared, spec),
         quorum=server.network.quorum,
+        accept_non_private=server.accept_non_private,
     )
 
 
 def _start(shared: SharedConfig, spec: LoraSpec) -> Adapter:
     """Return the adapter a run starts from. Raises: ConfigInvalid, AdapterMismatch."""
     if not shared.lora.start:
-        return lora.initial(spec, stream(shared.run.seed, "initial adapter"))
+        return lora.initial(spec, stream(shared.run.seed, "initial adapter"), shared.lora.init)
     folder = Path(shared.lora.start)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigInvalid(

@@ -6,12 +6,15 @@ Each phase writes its result into `runs/<id>/rounds/<n>/` as a whole before the 
 uploads come in as values, the next target goes out as a value.
 
 Everything after `validate` is post-processing of DP releases and public inputs, so it costs no budget (specs
-`federated-methods-and-dp.md` 3.2, claim C), however much text is written, judged or learned.
+`federated-methods-and-dp.md` 3.2, claim C), however much text is written, judged or learned. Two exceptions are told
+wherever an epsilon stands: an aggregator that adds noise of its own keeps its own ledger (client level), and a site
+whose release has no receipts, which only `server.accept_non_private` lets in, has spent an infinite epsilon.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -33,10 +36,17 @@ if TYPE_CHECKING:
     from fl_app.config import SharedConfig
     from fl_app.journal import Journal
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, DpReceipt, Draft, Hello, Lesson, Merged, Refusal, Score, Upload
+    from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Draft, Hello, Lesson, Merged, Refusal, Score, Upload
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
     from strategies.stages import Aggregator, Distiller, Filter, Synthesizer, Tuner
+
+
+NO_SAMPLING = "no"
+"""The client-level statement reads "no sampling": every site, every round, so no amplification is claimed."""
+
+NON_PRIVATE = "not differentially private at site level"
+"""On every artefact of a run that used a release without receipts, with the sites it came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +89,7 @@ class Pipeline:
     tree: dict[str, Any]
     start: Adapter
     quorum: float
+    accept_non_private: bool = False
     target: Adapter = field(init=False)
     sites: dict[str, Hello] = field(default_factory=dict)
     receipts: dict[str, list[DpReceipt]] = field(default_factory=dict)
@@ -88,6 +99,8 @@ class Pipeline:
     scores: dict[str, Mapping[str, Score]] = field(default_factory=dict)
     released: list[dict[str, Any]] = field(default_factory=list)
     unheard: set[str] = field(default_factory=set)
+    non_private: set[str] = field(default_factory=set)
+    client_level: list[ClientLevelCost] = field(default_factory=list)
     unready: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -113,7 +126,8 @@ class Pipeline:
             accountant=pld.label(),
             unready=dict(unready),
             model=self.shared.model.name,
-            stamp=journal.STAMP if self.shared.run.mode == "simulation" else "",
+            accept_non_private=self.accept_non_private,
+            stamp=self.stamp(),
         )
         with self.phase(0, "exam"):
             self._examine("base", self.lab.local_with(None, "base"))
@@ -163,8 +177,20 @@ class Pipeline:
         )
         return record
 
+    def stamp(self) -> str:
+        """Return what must stand on every artefact of this run as it is so far; empty when nothing must."""
+        stamps = [journal.STAMP] if self.shared.run.mode == "simulation" else []
+        if self.non_private:
+            stamps.append(f"{NON_PRIVATE} ({', '.join(sorted(self.non_private))})")
+        return "; ".join(stamps)
+
     def epsilon(self, site: str) -> float:
-        """Return the PLD epsilon of what a site released in this run, recomputed from its receipts."""
+        """Return the PLD epsilon of what a site released in this run, recomputed from its receipts.
+
+        Infinite once a release without receipts was used.
+        """
+        if site in self.non_private:
+            return math.inf
         receipts = self.receipts.get(site, [])
         return pld.epsilon(receipts, self.sites[site].delta) if receipts else 0.0
 
@@ -180,6 +206,7 @@ class Pipeline:
                     site=self.sites.get(upload.site),
                     round_number=number,
                     earlier=self.receipts.get(upload.site, ()),
+                    accept_non_private=self.accept_non_private,
                 )
                 if rule:
                     rejected[upload.site] = rule
@@ -196,7 +223,11 @@ class Pipeline:
                     f"{', '.join(collected.silent) or 'none'}; never ready: "
                     f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept."
                 )
-            merged = dataclasses.replace(self.stages.aggregator(sound), rejected=rejected)
+            merged = self.stages.aggregator(sound, self.broadcast(number))
+            for site, rule in merged.rejected.items():
+                self._site(number, site, "rejected", code=rule)
+            merged = dataclasses.replace(merged, rejected={**rejected, **merged.rejected})
+            self._charge(number, merged.cost)
             lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
         return merged
 
@@ -206,12 +237,14 @@ class Pipeline:
         """Write each sound release and its receipts into the run directory, and tell the journal about every site."""
         for upload in sound:
             assert isinstance(upload.release, AdapterRelease)
-            assert upload.receipts is not None
-            self.receipts.setdefault(upload.site, []).extend(upload.receipts)
+            receipts = upload.receipts
+            if receipts is None:
+                self.non_private.add(upload.site)
+            self.receipts.setdefault(upload.site, []).extend(receipts or ())
             place = folder / "releases" / upload.site
             lora.save_peft(upload.release.adapter, place, base_name=self.shared.model.name)
-            receipts = [receipt_to_dict(receipt) for receipt in upload.receipts]
-            journal.write_json(place / "receipts.json", receipts)
+            told = None if receipts is None else [receipt_to_dict(receipt) for receipt in receipts]
+            journal.write_json(place / "receipts.json", told)
             hello = self.sites[upload.site]
             spent = self._spent(upload.site, max(upload.spent, self.epsilon(upload.site)))
             self.released.append(
@@ -221,9 +254,11 @@ class Pipeline:
                     "kind": upload.release.kind,
                     "bytes": collected.bytes_up.get(upload.site, 0),
                     "sha256": lora.sha256(upload.release.adapter),
-                    "event": "; ".join(str(receipt.event) for receipt in upload.receipts),
+                    "event": "; ".join(str(receipt.event) for receipt in receipts or ()) or "none",
                     "guarantee": f"this run so far ({self.epsilon(upload.site):.4g}, {hello.delta:g})-DP per "
-                    f"{hello.unit}, {upload.receipts[0].relation}",
+                    f"{hello.unit}, {receipts[0].relation}"
+                    if receipts
+                    else f"{NON_PRIVATE}: released without noise, epsilon is infinite",
                 }
             )
             self._site(number, upload.site, "trained", bytes=collected.bytes_up.get(upload.site, 0), epsilon=spent)
@@ -236,6 +271,24 @@ class Pipeline:
             self._site(number, site, "rejected", code=rule)
         for site in collected.silent:
             self._site(number, site, "silent")
+
+    def _charge(self, number: int, cost: ClientLevelCost | None) -> None:
+        """Enter what the merged adapter cost every site at the server, if its aggregator added noise."""
+        if cost is None:
+            return
+        self.client_level.append(cost)
+        self.journal.event(
+            "client_level",
+            round=number,
+            epsilon=cost.spent,
+            budget=cost.budget,
+            delta=cost.delta,
+            unit=cost.receipt.unit,
+            relation=cost.receipt.relation,
+            sampling=NO_SAMPLING,
+            accountant=pld.label(),
+            scope=cost.scope,
+        )
 
     def _spent(self, site: str, spent: float) -> float:
         """Raise what a site is known to have spent, and return it; an upload that was rejected has cost as well."""
@@ -295,6 +348,7 @@ class Pipeline:
             bytes_up=dict(collected.bytes_up),
             bytes_down=dict(collected.bytes_down),
             hashes=hashes,
+            client_epsilon=merged.cost.spent if merged.cost else None,
         )
 
     @contextmanager

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import numpy as np
 
-    from fl_app.types import Adapter, Draft, Lesson, Merged, Screened, Upload
+    from fl_app.types import Adapter, Broadcast, Draft, Lesson, Merged, Screened, Upload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What an aggregator may know of its run before it begins: constants of the configuration, and its directory.
+
+    `sites` is the size of the cohort as configured, never how many came; `directory` is the run directory.
+    """
+
+    run: str
+    mode: Literal["simulation", "production"]
+    seed: int
+    rounds: int
+    sites: int
+    directory: Path
 
 
 class Aggregator(Protocol):
     """Uploads of one round -> one adapter. Free of order; inputs are not changed."""
 
-    def __call__(self, uploads: Sequence[Upload]) -> Merged:
-        """Raises: AdapterMismatch when base, layers, rank or scaling differ; ValueError when there is no upload."""
+    def __call__(self, uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:
+        """`broadcast` is what the uploads answer: the round, and the adapter that every site started from.
+
+        Raises: AdapterMismatch when base, layers, rank or scaling differ; ValueError when there is no upload;
+        RoundFailed when the method has a budget and it is spent.
+        """
         ...
 
 

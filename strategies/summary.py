@@ -2,29 +2,43 @@
 
     exam.<model>.<metric>.{value,low,high,count,higher_is_better[,chance]}   models: base, adapter, target_round_<n>,
                                                                               professional
-    epsilon.<site>.{spent,spent_is_lower_bound,budget,delta,unit,relation,sampling,accountant,rdp,by_round,noise_multiplier}
+    epsilon.<site>.{spent,spent_is_lower_bound,private,budget,delta,unit,relation,sampling,accountant,rdp,by_round,
+                    noise_multiplier}
+    client_level.{spent,budget,delta,unit,relation,sampling,accountant,rdp,by_round,noise_multiplier,clip_norm,scope,
+                  protects,does_not_protect}   null unless the aggregator adds noise of its own
     seconds.<phase>   seconds_by_round[]   bytes.{up,down}.<site>   drafts.{written,kept,dropped,by_round}
     lessons   rounds[]   left_site[]   hashes.<artefact>   models.{local,professional}   config_digest   status
 
 `spent` is over the life of the site's ledger as far as the server knows it: `spent_is_lower_bound` marks a site that
 was asked to train and never heard of, so that its ledger may hold more. `rdp` is a second accountant's view of this
-run's receipts alone.
+run's receipts alone. An infinite epsilon (a release without noise, `private` false) is the text "inf".
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fl_app import journal
 from fl_app.privacy.accountants import pld, rdp
-from fl_app.types import PoissonGaussian
+from fl_app.types import Gaussian, PoissonGaussian
+from strategies.pipeline import NO_SAMPLING, NON_PRIVATE
 
 if TYPE_CHECKING:
     from strategies.pipeline import Pipeline
 
 SCHEMA = 1
+
+PROTECTS = (
+    "all that any one site contributed to the rounds counted, in the merged adapters and in everything made from them: "
+    "targets, broadcasts, synthetic text, scores; given a server that is trusted to clip and to add the noise"
+)
+DOES_NOT_PROTECT = (
+    "the uploads from this server, nor their copies, hashes and sizes in the run directory; who took part, and whether "
+    "a round succeeded; a person whose rows lie at several sites"
+)
 
 
 def write_summary(pipeline: Pipeline, *, status: str, error: str = "", seconds: float) -> dict[str, Any]:
@@ -34,11 +48,12 @@ def write_summary(pipeline: Pipeline, *, status: str, error: str = "", seconds: 
         "run": pipeline.run,
         "status": status,
         "error": error,
-        "stamp": journal.STAMP if pipeline.shared.run.mode == "simulation" else "",
+        "stamp": pipeline.stamp(),
         "config_digest": pipeline.config_digest,
         "models": _models(pipeline),
         "exam": _exam(pipeline),
         "epsilon": {site: _epsilon(pipeline, site) for site in sorted(pipeline.sites)},
+        "client_level": _client_level(pipeline),
         "seconds": _seconds(pipeline, seconds),
         "seconds_by_round": [dict(record.seconds) for record in pipeline.records],
         "bytes": {"up": _total(pipeline, "bytes_up"), "down": _total(pipeline, "bytes_down")},
@@ -86,17 +101,42 @@ def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
     return {
         "spent": hello.spent,
         "spent_is_lower_bound": site in pipeline.unheard,
+        "private": hello.spent < math.inf,
         "budget": hello.epsilon,
         "delta": hello.delta,
         "unit": hello.unit,
         "relation": "add_or_remove_one",
         "sampling": "Poisson",
         "accountant": pld.label(),
-        "rdp": rdp.epsilon(receipts, hello.delta) if receipts else 0.0,
+        "rdp": rdp.epsilon(None if site in pipeline.non_private else receipts, hello.delta),
         "by_round": [record.epsilon.get(site, 0.0) for record in pipeline.records],
         "noise_multiplier": [
             receipt.event.noise_multiplier for receipt in receipts if isinstance(receipt.event, PoissonGaussian)
         ],
+    }
+
+
+def _client_level(pipeline: Pipeline) -> dict[str, Any] | None:
+    """Return what the merged adapters cost every site, under the trust that the statement names."""
+    if not pipeline.client_level:
+        return None
+    last = pipeline.client_level[-1]
+    events = [cost.receipt.event for cost in pipeline.client_level if isinstance(cost.receipt.event, Gaussian)]
+    return {
+        "spent": last.spent,
+        "budget": last.budget,
+        "delta": last.delta,
+        "unit": last.receipt.unit,
+        "relation": last.receipt.relation,
+        "sampling": NO_SAMPLING,
+        "accountant": pld.label(),
+        "rdp": rdp.epsilon([cost.receipt for cost in pipeline.client_level], last.delta),
+        "by_round": [cost.spent for cost in pipeline.client_level],
+        "noise_multiplier": [event.noise_multiplier for event in events],
+        "clip_norm": [event.clip_norm for event in events],
+        "scope": last.scope,
+        "protects": PROTECTS,
+        "does_not_protect": DOES_NOT_PROTECT,
     }
 
 
@@ -135,13 +175,10 @@ def _card(pipeline: Pipeline, summary: dict[str, Any]) -> str:
         for model in ("base", last, "professional")
         for metric, one in summary["exam"].get(model, {}).items()
     )
-    budgets = "\n".join(
-        f"- {site}: epsilon {'at least ' if one['spent_is_lower_bound'] else ''}{one['spent']:.4g} of "
-        f"{one['budget']:g} at delta {one['delta']:g}, per {one['unit']}, "
-        f"{one['relation']}, {one['sampling']} sampling, {one['accountant']}"
-        for site, one in summary["epsilon"].items()
-    )
-    stamp = f"**{summary['stamp']}**: the noise of this run came from a known seed.\n\n" if summary["stamp"] else ""
+    budgets = "\n".join(_budget_line(site, one) for site, one in summary["epsilon"].items())
+    seeded = ": the noise of this run came from a known seed" if pipeline.shared.run.mode == "simulation" else ""
+    stamp = f"**{summary['stamp']}**{seeded}.\n\n" if summary["stamp"] else ""
+    releases = "" if pipeline.non_private else "differentially private "
     return f"""---
 base_model: {pipeline.shared.model.name}
 library_name: peft
@@ -149,16 +186,42 @@ library_name: peft
 # Target adapter of run {pipeline.run}
 
 {stamp}A LoRA adapter of `{pipeline.shared.model.name}` (content hash `{pipeline.spec.base[:16]}`), tuned on
-{summary["lessons"]} synthetic lessons: instructions written by the local model under the sites' differentially private
-adapters, answers by `{summary["models"]["professional"]["name"]}`. No row of any site was seen by the server.
+{summary["lessons"]} synthetic lessons: instructions written by the local model under the sites' {releases}adapters,
+answers by `{summary["models"]["professional"]["name"]}`. No row of any site was seen by the server.
 
 ## What the sites spent
 {budgets}
-
+{_client_level_words(summary["client_level"])}
 ## Exam (95 % intervals)
 | model | metric | value | interval | items |
 |---|---|---|---|---|
 {scores}
 
 Base model files must have the content hash above. Load with `peft.PeftModel.from_pretrained`.
+"""
+
+
+def _budget_line(site: str, one: dict[str, Any]) -> str:
+    if not one["private"]:
+        return f"- {site}: infinite epsilon: it released without noise, {NON_PRIVATE}"
+    return f"- {site}: epsilon {'at least ' if one['spent_is_lower_bound'] else ''}{_statement(one)}"
+
+
+def _statement(one: dict[str, Any]) -> str:
+    return (
+        f"{one['spent']:.4g} of {one['budget']:g} at delta {one['delta']:g}, per {one['unit']}, {one['relation']}, "
+        f"{one['sampling']} sampling, {one['accountant']}"
+    )
+
+
+def _client_level_words(one: dict[str, Any] | None) -> str:
+    """Return the card's section on client level; nothing when no noise was added at the server."""
+    if one is None:
+        return ""
+    return f"""
+## Client level, at the server
+Epsilon {_statement(one)}; counted: {one["scope"]}.
+
+- Protects {one["protects"]}.
+- Does not protect {one["does_not_protect"]}.
 """

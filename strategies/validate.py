@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from fl_app import lora
@@ -26,10 +27,12 @@ def broken_rule(
     site: Hello | None,
     round_number: int,
     earlier: Sequence[DpReceipt] = (),
+    accept_non_private: bool = False,
 ) -> str:
     """Return the rule an upload breaks, with the layer where there is one; empty when it is sound.
 
-    `earlier` are the receipts of this site's sound uploads in former rounds of this run.
+    `earlier` are the receipts of this site's sound uploads in former rounds of this run. `accept_non_private` takes a
+    release without receipts, which must then say that its epsilon is infinite.
     """
     if site is None:
         return "site: not a member of this run"
@@ -41,6 +44,8 @@ def broken_rule(
         lora.check_spec(upload.release.adapter, spec)
     except AdapterMismatch as error:
         return str(error)
+    if upload.receipts is None and accept_non_private:
+        return "" if upload.spent == math.inf else f"receipt: none, but spent {upload.spent:.4g} where only inf is true"
     return _broken_receipts(upload, site, earlier)
 
 

@@ -4,7 +4,8 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from strategies.aggregators.central_dp import CentralDp
 from strategies.aggregators.mean_factors import MeanFactors
 from strategies.aggregators.mean_product import MeanProduct
 
-AnyAggregator: TypeAlias = Annotated[MeanFactors | MeanProduct, Field(discriminator="kind")]
+AnyAggregator: TypeAlias = Annotated[MeanFactors | MeanProduct | CentralDp, Field(discriminator="kind")]

@@ -19,8 +19,8 @@ from fl_app.types import Adapter, AdapterRelease, LoraFactors, Merged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fl_app.types import Floats, Upload
-    from strategies.stages import Aggregator
+    from fl_app.types import Broadcast, Floats, Upload
+    from strategies.stages import Aggregator, Setting
 
 
 class MeanFactors(Section):
@@ -28,12 +28,12 @@ class MeanFactors(Section):
 
     kind: Literal["mean_factors"]
 
-    def build(self) -> Aggregator:
+    def build(self, setting: Setting) -> Aggregator:
         """Return the stage."""
         return mean_factors
 
 
-def mean_factors(uploads: Sequence[Upload]) -> Merged:
+def mean_factors(uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:  # noqa: ARG001 - the protocol's
     """Return the mean of the factors. Summation is in float64 and in the order of the sites' names."""
     ordered = sorted(uploads, key=lambda upload: upload.site)
     adapters = [upload.release.adapter for upload in ordered if isinstance(upload.release, AdapterRelease)]

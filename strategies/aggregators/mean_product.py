@@ -20,8 +20,8 @@ from fl_app.types import Adapter, AdapterRelease, LoraFactors, Merged
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fl_app.types import Upload
-    from strategies.stages import Aggregator
+    from fl_app.types import Broadcast, Upload
+    from strategies.stages import Aggregator, Setting
 
 
 class MeanProduct(Section):
@@ -29,12 +29,12 @@ class MeanProduct(Section):
 
     kind: Literal["mean_product"]
 
-    def build(self) -> Aggregator:
+    def build(self, setting: Setting) -> Aggregator:
         """Return the stage."""
         return mean_product
 
 
-def mean_product(uploads: Sequence[Upload]) -> Merged:
+def mean_product(uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:  # noqa: ARG001 - the protocol's
     """Return an adapter of rank sum r_k whose delta_W is the mean of the uploads' delta_W, exactly.
 
     Scalings may differ: each s_k = alpha_k / r_k is folded into its block of B.

@@ -1,7 +1,14 @@
-"""Every aggregator keeps the promises of `strategies.stages.Aggregator`; `mean_product` is exact, its twin is not."""
+"""Every aggregator keeps the promises of `strategies.stages.Aggregator`; `mean_product` is exact, its twin is not.
+
+What central_dp promises beyond them is in `test_central_dp`; here its noise is silent, its clip wide and every site
+there, so that it has to keep the same promises as what it wraps.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -11,26 +18,68 @@ from hypothesis import strategies as st
 
 from fl_app import lora
 from fl_app.errors import AdapterMismatch
-from fl_app.types import Adapter, AdapterRelease, LoraFactors, Upload, VectorRelease
+from fl_app.types import Adapter, AdapterRelease, Broadcast, LoraFactors, Upload, VectorRelease
 from strategies.aggregators import AnyAggregator
 from strategies.aggregators.mean_factors import mean_factors
 from strategies.aggregators.mean_product import mean_product
+from strategies.stages import Setting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from strategies.stages import Aggregator
+    from fl_app.types import Merged
 
 SHAPES = {"blocks.0.q_proj": (5, 3), "blocks.0.v_proj": (2, 7), "blocks.1.q_proj": (1, 4)}
 """Layer -> (d_in, d_out); none is square."""
+
+LATTICE = 1e-3
+"""How far the public lattice of central_dp, 2^-12 at its clip norm here, may move a product of factors, per alpha."""
 
 MEMBERS: tuple[Any, ...] = get_args(get_args(AnyAggregator)[0])
 EVERY = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.__name__)
 
 
-def _build(member: Any) -> Aggregator:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "central_dp": {
+        "inner": {"kind": "mean_factors"},
+        "clip_norm": 64.0,
+        "noise_multiplier": 8.0,
+        "epsilon": 8.0,
+        "delta": 1e-5,
+    }
+}
+
+
+class Silent:
+    """Noise that adds nothing."""
+
+    simulated = True
+
+    def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape)
+
+
+def _aggregate(member: Any, uploads: Sequence[Upload], *, answering: Adapter | None = None) -> Merged:
+    """Build the member for a cohort of as many sites as there are uploads, and let it aggregate them."""
     (kind,) = get_args(member.model_fields["kind"].annotation)
-    return member(kind=kind).build()
+    first = [upload.release.adapter for upload in uploads if isinstance(upload.release, AdapterRelease)]
+    broadcast = _broadcast(answering or (_like(first[0]) if first else _adapter(9)))
+    with tempfile.TemporaryDirectory() as folder:
+        run: Any = {"run": "run", "mode": "simulation", "seed": 0, "rounds": 1, "directory": Path(folder)}
+        stage = member(kind=kind, **OPTIONS.get(kind, {})).build(Setting(sites=max(len(uploads), 1), **run))
+        if kind == "central_dp":
+            stage = dataclasses.replace(stage, noise=lambda _: Silent())
+        return stage(uploads, broadcast)
+
+
+def _broadcast(adapter: Adapter) -> Broadcast:
+    return Broadcast(run="run", round=1, adapter=adapter, config_digest="d" * 64)
+
+
+def _like(adapter: Adapter) -> Adapter:
+    """Return an adapter of the same shape that an upload may answer."""
+    shapes = {name: (factors.a.shape[1], factors.b.shape[0]) for name, factors in adapter.layers.items()}
+    return _adapter(77, rank=lora.rank_of(adapter), alpha=adapter.alpha, base=adapter.base, shapes=shapes)
 
 
 def _adapter(
@@ -59,6 +108,10 @@ def _uploads(*adapters: Adapter) -> list[Upload]:
     return [_upload(f"site-{index}", adapter) for index, adapter in enumerate(adapters)]
 
 
+START = _broadcast(_adapter(99))
+"""A mean of adapters does not look at what they answer."""
+
+
 def _dense(adapters: Sequence[Adapter], layer: str) -> np.ndarray:
     """Return the mean of delta_W in float64: the oracle, from the definition alone."""
     total = np.zeros((SHAPES[layer][1], SHAPES[layer][0]))
@@ -76,6 +129,7 @@ def test_the_union_is_what_these_tests_are_run_on() -> None:
     assert {get_args(member.model_fields["kind"].annotation)[0] for member in MEMBERS} == {
         "mean_factors",
         "mean_product",
+        "central_dp",
     }
 
 
@@ -83,12 +137,13 @@ def test_the_union_is_what_these_tests_are_run_on() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seeds=st.lists(st.integers(0, 99), min_size=1, max_size=5), shuffle=st.randoms(use_true_random=False))
 def test_the_order_of_uploads_does_not_matter(member: Any, seeds: list[int], shuffle: Any) -> None:
-    aggregate = _build(member)
     uploads = _uploads(*(_adapter(seed) for seed in seeds))
     mixed = list(uploads)
     shuffle.shuffle(mixed)
 
-    merged, again = aggregate(uploads), aggregate(mixed)
+    answering = _adapter(99)
+    merged = _aggregate(member, uploads, answering=answering)
+    again = _aggregate(member, mixed, answering=answering)
 
     assert lora.sha256(merged.adapter) == lora.sha256(again.adapter)
     assert merged.used == again.used == tuple(upload.site for upload in uploads)
@@ -101,12 +156,13 @@ def test_the_order_of_uploads_does_not_matter(member: Any, seeds: list[int], shu
 def test_a_single_upload_passes_unchanged(member: Any, seed: int, rank: int, alpha: float) -> None:
     adapter = _adapter(seed, rank=rank, alpha=alpha)
 
-    merged = _build(member)(_uploads(adapter)).adapter
+    merged = _aggregate(member, _uploads(adapter)).adapter
 
     assert merged.base == adapter.base
     assert merged.layers.keys() == adapter.layers.keys()
     for layer in SHAPES:
-        np.testing.assert_allclose(lora.delta(merged, layer), lora.delta(adapter, layer), rtol=1e-12)
+        exact = 0.0 if member.__name__ != "CentralDp" else LATTICE * alpha
+        np.testing.assert_allclose(lora.delta(merged, layer), lora.delta(adapter, layer), rtol=1e-12, atol=exact)
 
 
 @EVERY
@@ -114,10 +170,11 @@ def test_a_single_upload_passes_unchanged(member: Any, seed: int, rank: int, alp
 def test_equal_uploads_give_their_own_delta(member: Any, count: int) -> None:
     adapter = _adapter(3)
 
-    merged = _build(member)(_uploads(*[adapter] * count)).adapter
+    merged = _aggregate(member, _uploads(*[adapter] * count)).adapter
 
     for layer in SHAPES:
-        np.testing.assert_allclose(lora.delta(merged, layer), lora.delta(adapter, layer), rtol=1e-6, atol=1e-6)
+        exact = 1e-6 if member.__name__ != "CentralDp" else LATTICE * adapter.alpha
+        np.testing.assert_allclose(lora.delta(merged, layer), lora.delta(adapter, layer), rtol=1e-6, atol=exact)
 
 
 @EVERY
@@ -129,7 +186,7 @@ def test_the_uploads_are_left_as_they_were(member: Any) -> None:
             factors.a.setflags(write=False)
             factors.b.setflags(write=False)
 
-    merged = _build(member)(_uploads(*adapters)).adapter
+    merged = _aggregate(member, _uploads(*adapters)).adapter
     for factors in merged.layers.values():
         factors.a[...] = 0.0
         factors.b[...] = 0.0
@@ -139,7 +196,7 @@ def test_the_uploads_are_left_as_they_were(member: Any) -> None:
 
 @EVERY
 def test_what_comes_out_is_float32(member: Any) -> None:
-    merged = _build(member)(_uploads(_adapter(1), _adapter(2), _adapter(3))).adapter
+    merged = _aggregate(member, _uploads(_adapter(1), _adapter(2), _adapter(3))).adapter
 
     assert {part.dtype for factors in merged.layers.values() for part in (factors.a, factors.b)} == {
         np.dtype(np.float32)
@@ -149,7 +206,7 @@ def test_what_comes_out_is_float32(member: Any) -> None:
 @EVERY
 def test_another_base_is_refused(member: Any) -> None:
     with pytest.raises(AdapterMismatch, match="adapter 1 is for base other"):
-        _build(member)(_uploads(_adapter(1), _adapter(2, base="other")))
+        _aggregate(member, _uploads(_adapter(1), _adapter(2, base="other")))
 
 
 @EVERY
@@ -157,13 +214,13 @@ def test_other_layers_are_refused(member: Any) -> None:
     fewer = {name: shape for name, shape in SHAPES.items() if name != "blocks.1.q_proj"}
 
     with pytest.raises(AdapterMismatch, match=r"differ in layers, e\.g\. blocks\.1\.q_proj"):
-        _build(member)(_uploads(_adapter(1), _adapter(2, shapes=fewer)))
+        _aggregate(member, _uploads(_adapter(1), _adapter(2, shapes=fewer)))
 
 
 @EVERY
 def test_nothing_to_aggregate_is_an_error(member: Any) -> None:
     with pytest.raises(ValueError, match="no adapter to aggregate"):
-        _build(member)([])
+        _aggregate(member, [])
 
 
 @EVERY
@@ -171,7 +228,7 @@ def test_a_vector_alone_is_no_adapter(member: Any) -> None:
     release = VectorRelease(vectors={"layer": np.zeros(3, np.float32)})
 
     with pytest.raises(ValueError, match="no adapter to aggregate"):
-        _build(member)([Upload(site="a", round=1, release=release, receipts=None, spent=0.0)])
+        _aggregate(member, [Upload(site="a", round=1, release=release, receipts=None, spent=0.0)])
 
 
 # --- mean_product against the dense oracle
@@ -188,7 +245,7 @@ def test_a_vector_alone_is_no_adapter(member: Any) -> None:
 def test_mean_product_is_the_mean_of_the_products(sites: list[tuple[int, int, float]]) -> None:
     adapters = [_adapter(seed, rank=rank, alpha=alpha) for seed, rank, alpha in sites]
 
-    merged = mean_product(_uploads(*adapters)).adapter
+    merged = mean_product(_uploads(*adapters), START).adapter
 
     assert lora.rank_of(merged) == sum(rank for _, rank, _ in sites)
     for layer in SHAPES:
@@ -205,7 +262,7 @@ def test_mean_product_by_hand() -> None:
         Adapter(layers={"l": second}, alpha=4.0, base="base"),
     ]
 
-    merged = mean_product(_uploads(*adapters)).adapter
+    merged = mean_product(_uploads(*adapters), START).adapter
 
     np.testing.assert_array_equal(lora.delta(merged, "l"), [[2.0, 1.0]])
 
@@ -218,7 +275,7 @@ def test_mean_product_by_hand() -> None:
 def test_mean_factors_misses_the_oracle_by_the_cross_covariance(seeds: list[int]) -> None:
     adapters = [_adapter(seed) for seed in seeds]
 
-    merged = mean_factors(_uploads(*adapters)).adapter
+    merged = mean_factors(_uploads(*adapters), START).adapter
 
     for layer in SHAPES:
         a_KRI = np.array([adapter.layers[layer].a for adapter in adapters], np.float64)
@@ -233,9 +290,11 @@ def test_mean_factors_is_not_the_mean_of_the_products() -> None:
     unit = np.eye(2, dtype=np.float32)
     adapters = [Adapter(layers={"l": LoraFactors(a=unit[[k]], b=unit[:, [k]])}, alpha=1.0, base="base") for k in (0, 1)]
 
-    np.testing.assert_array_equal(lora.delta(mean_product(_uploads(*adapters)).adapter, "l"), [[0.5, 0.0], [0.0, 0.5]])
     np.testing.assert_array_equal(
-        lora.delta(mean_factors(_uploads(*adapters)).adapter, "l"), [[0.25, 0.25], [0.25, 0.25]]
+        lora.delta(mean_product(_uploads(*adapters), START).adapter, "l"), [[0.5, 0.0], [0.0, 0.5]]
+    )
+    np.testing.assert_array_equal(
+        lora.delta(mean_factors(_uploads(*adapters), START).adapter, "l"), [[0.25, 0.25], [0.25, 0.25]]
     )
 
 
@@ -257,7 +316,7 @@ def test_mean_factors_is_exact_when_one_factor_is_shared(shared: str) -> None:
         for seed in (1, 2, 3)
     ]
 
-    merged = mean_factors(_uploads(*adapters)).adapter
+    merged = mean_factors(_uploads(*adapters), START).adapter
 
     for layer in SHAPES:
         np.testing.assert_allclose(lora.delta(merged, layer), _dense(adapters, layer), atol=1e-5)
@@ -266,4 +325,4 @@ def test_mean_factors_is_exact_when_one_factor_is_shared(shared: str) -> None:
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 4.0), (2, 8.0)])
 def test_mean_factors_refuses_mixed_ranks_and_scalings(rank: int, alpha: float) -> None:
     with pytest.raises(AdapterMismatch, match=rf"adapter 1 has alpha {alpha}, rank {rank}; adapter 0 has 4\.0, 2"):
-        mean_factors(_uploads(_adapter(1), _adapter(2, rank=rank, alpha=alpha)))
+        mean_factors(_uploads(_adapter(1), _adapter(2, rank=rank, alpha=alpha)), START)

@@ -139,6 +139,28 @@ def test_no_receipt(receipts: Any) -> None:
     assert _rule(_upload(receipts=receipts)) == "receipt: none, so the release is not private"
 
 
+def _non_private(**changes: Any) -> str:
+    upload = _upload(**{"receipts": None, "spent": math.inf, **changes})
+    return broken_rule(upload, spec=SPEC, site=SITE, round_number=2, accept_non_private=True)
+
+
+def test_a_release_without_receipts_passes_only_where_the_configuration_says_so() -> None:
+    assert _non_private() == ""
+    assert _rule(_upload(receipts=None, spent=math.inf)) == "receipt: none, so the release is not private"
+
+
+@pytest.mark.parametrize("spent", [0.0, COST, math.nan])
+def test_a_release_without_receipts_cannot_claim_an_epsilon(spent: float) -> None:
+    assert _non_private(spent=spent) == f"receipt: none, but spent {spent:.4g} where only inf is true"
+
+
+def test_who_accepts_what_is_not_private_still_holds_the_rest_to_its_rules() -> None:
+    assert _non_private(receipts=()) == "receipt: none, so the release is not private"
+    assert _non_private(round=3) == "round: is for round 3, this is 2"
+    assert _non_private(receipts=(RECEIPT,), spent=0.0).startswith("receipt: adds up to ")
+    assert _non_private(receipts=(RECEIPT,), spent=COST) == ""
+
+
 def test_a_receipt_for_another_unit() -> None:
     foreign = dataclasses.replace(RECEIPT, unit="patient")
 
