@@ -220,6 +220,7 @@ def final_table(summary: Mapping[str, Any]) -> RenderableType:
     parts.append(exam if metrics else Text(f"Exam: {NOT_MEASURED}"))
     parts.append(privacy if record.sites else Text(f"Epsilon per site: {NOT_MEASURED}"))
     parts += [Text(f"epsilon {words.statement_words(shared)}", style="dim")] if shared else []
+    parts += [Text(_plain(words.client_level(record.client_level)))] if record.client_level else []
     return Group(*parts, seconds)
 
 

@@ -66,6 +66,16 @@ class SiteBudget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLevel:
+    """What the merged adapters cost every site at the server; `budget.site` names the cohort."""
+
+    budget: SiteBudget
+    scope: str
+    protects: str
+    does_not_protect: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Funnel:
     """Drafts written, kept, and dropped by reason in the order of the filters."""
 
@@ -130,6 +140,7 @@ class Record:
     left_site: tuple[Departure, ...]
     hashes: Mapping[str, str]
     lessons: int | None
+    client_level: ClientLevel | None = None
     lesson_samples: tuple[LessonSample, ...] = ()
     drop_samples: tuple[DropSample, ...] = ()
     config: str = ""
@@ -188,6 +199,7 @@ def read_summary(
         left_site=tuple(_departure(entry) for entry in map(tree_of, list_of(summary.get("left_site"))) if entry),
         hashes=_values(summary.get("hashes"), lambda value: text_of(value) or None),
         lessons=count_of(summary.get("lessons")),
+        client_level=_client_level(tree_of(summary.get("client_level"))),
         lesson_samples=lesson_samples,
         drop_samples=drop_samples,
         config=config,
@@ -265,6 +277,18 @@ def _budget(site: str, value: object) -> SiteBudget | None:
         noise_multiplier=tuple(
             found for each in list_of(entry.get("noise_multiplier")) if (found := finite_of(each)) is not None
         ),
+    )
+
+
+def _client_level(entry: Tree) -> ClientLevel | None:
+    budget = _budget("every site", entry)
+    if budget is None:
+        return None
+    return ClientLevel(
+        budget=budget,
+        scope=text_of(entry.get("scope")),
+        protects=text_of(entry.get("protects")),
+        does_not_protect=text_of(entry.get("does_not_protect")),
     )
 
 

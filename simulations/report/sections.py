@@ -94,6 +94,8 @@ def privacy(record: Record) -> Html:
             (1, 2, 3, 8),
         )
     )
+    if record.client_level is not None:
+        parts.append(tag("p", words.client_level(record.client_level)))
     return join(*parts)
 
 

@@ -16,7 +16,7 @@ from simulations.report.tables import NOT_MEASURED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from simulations.report.record import Measured, Record, SiteBudget, Statement
+    from simulations.report.record import ClientLevel, Measured, Record, SiteBudget, Statement
 
 HARD_SPACE = "\N{NO-BREAK SPACE}"
 HEADLINE_METRIC = "choice_accuracy"
@@ -139,6 +139,17 @@ def spending(sites: Sequence[SiteBudget]) -> str:
     budgets = {site.budget for site in sites}
     against = f" of {small(most.budget)}" if most.budget is not None and len(budgets) == 1 else ""
     return f"{who} spent at most epsilon {epsilon_figure(most.spent)}{against} {statement_words(statement)}."
+
+
+def client_level(found: ClientLevel) -> str:
+    """Return what the noise at the server cost and bought, as sentences; without its statement nothing is told."""
+    if found.budget.statement is None:
+        return "Client level, at the server: withheld, its statement is incomplete."
+    return (
+        f"Client level, at the server: every site spent epsilon {of_budget(found.budget)} "
+        f"{statement_words(found.budget.statement)}; counted: {found.scope}. It protects {found.protects}. It does not "
+        f"protect {found.does_not_protect}."
+    )
 
 
 def headline_metric(record: Record) -> str | None:
