@@ -3,6 +3,10 @@
     {"dataset","hash","kind":"header","prev","schema","seq","time","unit"}
     {"hash","id","kind":"reserve","prev","receipts","round","run","seq","time"}
     {"hash","id","kind":"commit","prev","seq","sha256","time"}
+    {"delta","epsilon","hash","kind":"filter","order","prev","seq","time"}
+
+The last stands before the first reservation under a Renyi filter, if there is one; a version that does not know it
+refuses the whole file, as it must.
 
 `hash` is the SHA-256 of the canonical line without it; `prev` is the line before's, 64 zeros for the header. A line
 whose bytes are not exactly the canonical form of what they say is refused, so there is no byte that may change.
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from fl_app.errors import LedgerCorrupt, LedgerRefusal
 from fl_app.privacy.events import receipt_from_dict
+from fl_app.privacy.renyi_filter import RenyiFilter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +74,17 @@ class Committed:
     sha256: str
 
 
-Entry: TypeAlias = Header | Reserved | Committed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filtered:
+    """From here on `renyi` holds this ledger, with everything that was ever reserved."""
+
+    seq: int
+    hash: str
+    time: str
+    renyi: RenyiFilter
+
+
+Entry: TypeAlias = Header | Reserved | Committed | Filtered
 
 
 def read_chain(content: bytes, path: Path) -> list[Entry]:
@@ -120,6 +135,8 @@ def to_entry(line: dict[str, Any], path: Path) -> Entry:
             return Reserved(**common, **rest, receipts=receipts)
         case "commit":
             return Committed(**common, **rest)
+        case "filter":
+            return Filtered(**common, renyi=RenyiFilter(**rest))
         case kind:
             raise LedgerCorrupt(f"{path} line {line['seq'] + 1} has unknown kind {kind!r}; {WAY_OUT}")
 

@@ -19,6 +19,11 @@ until the next append and so also tells that a shorter copy of the ledger was pu
 | a byte, a hash, a number or a key is off     | edited                                           | LedgerCorrupt    |
 | both files gone, or both older               | cannot be seen here; `verify(known_head)` can    | new ledger       |
 
+Everything ever reserved adds up in one of two ways, as the site's policy says: by PLD alone, which certifies a
+schedule fixed in advance, or also under a Renyi filter, which certifies releases chosen after looking at earlier ones.
+The filter is written down before the first reservation under it; from then on nothing is reserved without it, and its
+order and budget stay (the table in `renyi_filter`).
+
 Out of scope: an owner who rewrites both files with fresh hashes. `head` is there to be sent along, so whoever keeps
 the last one can tell. Every operation takes an exclusive lock and reads the file anew: nothing is remembered between
 calls, threads and processes may share a ledger. Needs POSIX locks: a local disk, not a network share.
@@ -29,6 +34,7 @@ Source: ours; order of operations from reliability-and-security.md B4, write-ahe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -44,6 +50,7 @@ from fl_app.privacy.chain import (
     WAY_OUT,
     Committed,
     Entry,
+    Filtered,
     Header,
     Reserved,
     read_chain,
@@ -52,11 +59,13 @@ from fl_app.privacy.chain import (
     to_entry,
 )
 from fl_app.privacy.events import check_together, receipt_to_dict
+from fl_app.privacy.renyi_filter import settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
+    from fl_app.privacy.renyi_filter import Composition, RenyiFilter
     from fl_app.types import DpReceipt
 
 
@@ -66,7 +75,7 @@ def _utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What `reserve` granted. `spent` is the PLD epsilon of the whole ledger with this reservation, at its delta."""
+    """What `reserve` granted. `spent` is the epsilon of the whole ledger with this reservation, as `Ledger.spent`."""
 
     id: str
     seq: int
@@ -99,15 +108,26 @@ class Ledger:
         return ledger
 
     def reserve(
-        self, *, run: str, round_number: int, receipts: Sequence[DpReceipt], epsilon: float, delta: float
+        self,
+        *,
+        run: str,
+        round_number: int,
+        receipts: Sequence[DpReceipt],
+        epsilon: float,
+        delta: float,
+        renyi: RenyiFilter | None = None,
     ) -> Reservation:
-        """Spend `receipts` if everything ever reserved plus them stays within `epsilon` at `delta`.
+        """Spend `receipts` if everything ever reserved plus them stays within `epsilon` at `delta` by PLD.
+
+        With `renyi`, as `filter` gave it, everything ever reserved must also be admitted by that filter, and the ledger
+        is held by it from now on. `epsilon` may then be less than the filter's: a cap on the pace, not the promise.
 
         Reserving the same run and round again costs again: the earlier one may have released something.
 
         Guarantee: when this returns, the spending is on disk; when it raises BudgetSpent, nothing was written.
         Raises: BudgetSpent; LedgerCorrupt; LedgerRefusal for no receipts, a foreign unit, an unknown event, a
-        non-finite budget, or a disk that cannot be written (then it may count as spent, and nothing was released).
+        non-finite budget, a filter that is not this ledger's or none where there is one, or a disk that cannot be
+        written (then it may count as spent, and nothing was released).
         """
         if not 0 < epsilon < float("inf"):
             raise LedgerRefusal(f"budget epsilon = {epsilon!r} must be positive and finite")
@@ -117,7 +137,9 @@ class Ledger:
             raise LedgerRefusal("a reservation needs a run and at least one receipt; a release without any is refused")
         self._check_unit(receipts)
         with self._locked() as book:
-            total = pld.epsilon([*book.receipts, *receipts], delta)
+            book.check_filter(renyi)
+            after = [*book.receipts, *receipts]
+            total = pld.epsilon(after, delta)
             if not total <= epsilon:
                 spent, asked = pld.epsilon(book.receipts, delta), pld.epsilon(receipts, delta)
                 raise BudgetSpent(
@@ -125,6 +147,10 @@ class Ledger:
                     f"run {run} round {round_number} asks {asked:.4g}, together {total:.4g}; ask for less, or raise "
                     "epsilon in the site's policy"
                 )
+            if renyi is not None:
+                renyi.require(after)
+                if book.renyi is None:
+                    self._append(book, {"kind": "filter", **dataclasses.asdict(renyi)})
             # Unique in this chain and equal in equal simulations: it names its place in the chain.
             place = f"{book.head}/{len(book.entries)}/{run}/{round_number}"
             reservation_id = hashlib.sha256(place.encode()).hexdigest()[:16]
@@ -136,7 +162,7 @@ class Ledger:
                 "receipts": [receipt_to_dict(receipt) for receipt in receipts],
             }
             entry = self._append(book, body)
-        return Reservation(id=reservation_id, seq=entry.seq, spent=total)
+            return Reservation(id=reservation_id, seq=entry.seq, spent=_spent(book, total, delta))
 
     def commit(self, reservation_id: str, *, sha256: str) -> None:
         """Record that a reservation became the artefact with this hash (64 lower-case hex digits).
@@ -161,8 +187,23 @@ class Ledger:
             return book.receipts
 
     def spent(self, delta: float) -> float:
-        """Return the PLD epsilon of everything ever reserved, at `delta`. Raises: LedgerCorrupt, LedgerRefusal."""
-        return pld.epsilon(self.receipts(), delta)
+        """Return the epsilon of everything ever reserved, at `delta`.
+
+        By PLD; in a ledger held by a Renyi filter the larger of that and the filter's equivalent, so that it never lies
+        below what anybody computes from the receipts.
+        Raises: LedgerCorrupt, LedgerRefusal.
+        """
+        with self._locked() as book:
+            return _spent(book, pld.epsilon(book.receipts, delta), delta)
+
+    def filter(self, composition: Composition, *, epsilon: float, delta: float) -> RenyiFilter | None:
+        """Return the filter under which this ledger goes on if the site's policy says so, None for PLD alone.
+
+        Nothing is written: the filter is recorded with the first reservation under it.
+        Raises: LedgerCorrupt; LedgerRefusal when the policy would leave the recorded filter, or raise its promise.
+        """
+        with self._locked() as book:
+            return settle(book.renyi, composition=composition, epsilon=epsilon, delta=delta)
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every line, the header first. Raises: LedgerCorrupt."""
@@ -313,6 +354,24 @@ class _Book:
     @property
     def receipts(self) -> tuple[DpReceipt, ...]:
         return tuple(receipt for e in self.entries if isinstance(e, Reserved) for receipt in e.receipts)
+
+    @property
+    def renyi(self) -> RenyiFilter | None:
+        """The filter as it was recorded; only the first counts, for it was fixed before all others."""
+        return next((entry.renyi for entry in self.entries if isinstance(entry, Filtered)), None)
+
+    def check_filter(self, renyi: RenyiFilter | None) -> None:
+        """Return when `renyi` is what `settle` makes of this ledger. Raises: LedgerRefusal."""
+        if renyi is None:
+            settle(self.renyi, composition="fixed_schedule", epsilon=1.0, delta=0.5)
+        elif renyi != settle(self.renyi, composition="renyi_filter", epsilon=renyi.epsilon, delta=renyi.delta):
+            raise LedgerRefusal(f"order {renyi.order} is not this ledger's; ask the ledger for its filter")
+
+
+def _spent(book: _Book, by_pld: float, delta: float) -> float:
+    if book.renyi is None:
+        return by_pld
+    return max(by_pld, dataclasses.replace(book.renyi, delta=delta).epsilon_equivalent(book.receipts))
 
 
 def _read_all(descriptor: int) -> bytes:
