@@ -2,7 +2,8 @@
 
 The site asks this of its own ledger and its own policy; the server's wish enters nowhere. Ask once per run, before
 the first round, and keep the answer: equal rounds merge into one event, and a schedule fixed in advance is what
-numerical composition certifies (federated-methods-and-dp.md 3.4).
+numerical composition certifies (federated-methods-and-dp.md 3.4). A site that asks again after looking at releases
+needs a Renyi filter, and gives it here: the noise is then the least with which the rounds fit both.
 
 Source: root finding on the PLD epsilon, as dp_accounting.calibrate_dp_mechanism; ours keeps the composed past
 between evaluations, searches on a grid of 1e-4 and proves the answer by recomputing what the ledger will compute.
@@ -20,6 +21,8 @@ from fl_app.types import DpReceipt, PoissonGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from fl_app.privacy.renyi_filter import RenyiFilter
 
 TICKS = 10_000
 """Noise multipliers are multiples of 1 / TICKS: four decimals, printed exactly as used."""
@@ -41,22 +44,23 @@ def noise_multiplier(
     delta: float,
     floor: float,
     ceiling: float,
+    renyi: RenyiFilter | None = None,
 ) -> float:
     """Return the smallest noise multiplier, to four decimals, with which `rounds` more rounds fit the budget.
 
     Each round is PoissonGaussian(noise_multiplier, sample_rate, steps, clip_norm) for `unit`, on top of `past`.
 
-    Guarantee: pld.epsilon(past + rounds, delta) <= epsilon, recomputed with the value returned, and
-    floor <= value <= ceiling. A fraction below 1e-4 of the noise is given away by rounding up.
+    Guarantee: pld.epsilon(past + rounds, delta) <= epsilon, and renyi.admits(past + rounds) where there is a filter,
+    both recomputed with the value returned; floor <= value <= ceiling. Less than 1e-4 of noise is given away by
+    rounding up.
     Raises: BudgetSpent when even `ceiling` does not fit; LedgerRefusal for a value out of range or foreign units.
     """
     check_delta(delta)
     if not (0 < epsilon < math.inf):
         raise LedgerRefusal(f"epsilon = {epsilon!r} must be positive and finite")
-    if not (0 < floor <= ceiling < math.inf):
-        raise LedgerRefusal(f"noise floor {floor!r} and ceiling {ceiling!r} must satisfy 0 < floor <= ceiling")
     if isinstance(rounds, bool) or not rounds >= 1:
         raise LedgerRefusal(f"rounds = {rounds!r} must be at least 1")
+    lowest, highest = _ticks(floor, ceiling)
 
     def schedule(noise: float) -> list[DpReceipt]:
         event = PoissonGaussian(
@@ -64,12 +68,14 @@ def noise_multiplier(
         )
         return [DpReceipt(event=event, unit=unit)]
 
-    def certified(tick: int) -> float:
-        return pld.epsilon([*past, *schedule(tick / TICKS)], delta)
+    def after(tick: int) -> list[DpReceipt]:
+        return [*past, *schedule(tick / TICKS)]
 
-    lowest, highest = _ticks(floor, ceiling)
+    def fits(tick: int) -> bool:
+        return pld.epsilon(after(tick), delta) <= epsilon and (renyi is None or renyi.admits(after(tick)))
+
     spent_loss = pld.compose(past)
-    least_total = certified(highest)
+    least_total = pld.epsilon(after(highest), delta)
     if not least_total <= epsilon:
         raise BudgetSpent(
             f"spent {pld.epsilon(past, delta):.4g} of epsilon {epsilon:g} at delta {delta:g} (unit {unit}); {rounds} x "
@@ -77,6 +83,8 @@ def noise_multiplier(
             f"multiplier allowed, {highest / TICKS:g}; ask for fewer rounds or steps or a lower sample rate, or raise "
             "epsilon in the site's policy"
         )
+    if renyi is not None:
+        lowest = _least_admitted(renyi, after, lowest=lowest, highest=highest)
     found = _least(
         lambda tick: pld.read(pld.join(spent_loss, pld.compose(schedule(tick / TICKS))), delta),
         budget=epsilon,
@@ -85,13 +93,29 @@ def noise_multiplier(
         at_highest=least_total,
     )
     for tick in range(found, min(found + MAX_LIFTS, highest)):
-        if certified(tick) <= epsilon:
+        if fits(tick):
             return tick / TICKS
-    return highest / TICKS  # certified above
+    return highest / TICKS  # found to fit above
+
+
+def _least_admitted(
+    renyi: RenyiFilter, after: Callable[[int], Sequence[DpReceipt]], *, lowest: int, highest: int
+) -> int:
+    """Return the smallest tick in [lowest, highest] that the filter admits. Raises: BudgetSpent when none is."""
+    renyi.require(after(highest))
+    return _least(
+        lambda tick: renyi.spent(after(tick)),
+        budget=renyi.budget,
+        lowest=lowest,
+        highest=highest,
+        at_highest=renyi.spent(after(highest)),
+    )
 
 
 def _ticks(floor: float, ceiling: float) -> tuple[int, int]:
     """Return the grid points inside [floor, ceiling]."""
+    if not (0 < floor <= ceiling < math.inf):
+        raise LedgerRefusal(f"noise floor {floor!r} and ceiling {ceiling!r} must satisfy 0 < floor <= ceiling")
     lowest, highest = round(floor * TICKS), round(ceiling * TICKS)
     lowest += lowest / TICKS < floor
     highest -= highest / TICKS > ceiling

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fl_app.errors import BudgetSpent, LedgerRefusal
+from fl_app.privacy import renyi_filter
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.calibrate import noise_multiplier
 from fl_app.types import DpReceipt, Gaussian, PoissonGaussian
@@ -50,6 +51,56 @@ def test_fits_and_is_the_smallest(past: list[DpReceipt], change: dict[str, Any])
     assert noise == round(noise, 4)
     assert pld.epsilon([*past, *rounds(noise, **asked)], asked["delta"]) <= asked["epsilon"]
     assert pld.epsilon([*past, *rounds(noise - 2e-4, **asked)], asked["delta"]) > asked["epsilon"]
+
+
+SEVERAL = [
+    ([], {}),
+    ([], {"rounds": 10, "epsilon": 8.0}),
+    ([], {"sample_rate": 0.01, "epsilon": 0.2, "delta": 1e-6}),
+    ([], {"sample_rate": 0.5, "steps": 10, "epsilon": 0.5, "floor": 0.02, "ceiling": 100.0}),
+    (PAST, {"rounds": 4, "epsilon": 4.0}),
+]
+
+
+@pytest.mark.parametrize(("past", "change"), SEVERAL)
+def test_under_a_filter_it_fits_both_and_is_the_smallest(past: list[DpReceipt], change: dict[str, Any]) -> None:
+    asked = ASKED | change
+    renyi = renyi_filter.fix(epsilon=asked["epsilon"], delta=asked["delta"])
+    noise = noise_multiplier(past, **asked, renyi=renyi)
+    assert noise == round(noise, 4)
+    fits, less = [*past, *rounds(noise, **asked)], [*past, *rounds(noise - 1e-4, **asked)]
+    assert renyi.admits(fits)
+    assert pld.epsilon(fits, asked["delta"]) <= renyi.epsilon_equivalent(fits) <= asked["epsilon"] * (1 + 1e-12)
+    assert not renyi.admits(less)
+    # the twin: what PLD alone asks for is less, and the filter does not admit it
+    plain = noise_multiplier(past, **asked)
+    assert plain < noise < 1.6 * plain  # 1.5 where few steps at rate .01 meet epsilon .2
+    assert not renyi.admits([*past, *rounds(plain, **asked)])
+
+
+@pytest.mark.parametrize(("past", "change"), SEVERAL)
+@pytest.mark.parametrize("filtered", [False, True])
+def test_at_most_one_per_cent_above_optimal(past: list[DpReceipt], change: dict[str, Any], filtered: bool) -> None:
+    """Noise lower by one per cent no longer fits, whichever rule the site lives under."""
+    asked = ASKED | change
+    renyi = renyi_filter.fix(epsilon=asked["epsilon"], delta=asked["delta"]) if filtered else None
+    less = [*past, *rounds(0.99 * noise_multiplier(past, **asked, renyi=renyi), **asked)]
+    assert not renyi.admits(less) if renyi else pld.epsilon(less, asked["delta"]) > asked["epsilon"]
+
+
+def test_a_run_s_cap_binds_below_the_filter() -> None:
+    """`epsilon` caps by PLD what the filter of the whole budget would still let through."""
+    renyi = renyi_filter.fix(epsilon=8.0, delta=1e-5)
+    capped = noise_multiplier([], **ASKED | {"epsilon": 1.0}, renyi=renyi)
+    assert capped == noise_multiplier([], **ASKED | {"epsilon": 1.0})
+    assert renyi.used(rounds(capped, **ASKED)) < 0.2
+
+
+def test_a_filter_that_is_full_names_its_share() -> None:
+    renyi = renyi_filter.fix(epsilon=2.0, delta=1e-5)
+    full = [DpReceipt(event=Gaussian(noise_multiplier=2.2, clip_norm=1.0), unit="record")]  # PLD 1.79, filter 105 %
+    with pytest.raises(BudgetSpent, match=r"Renyi filter of order 8 .* ask for fewer rounds"):
+        noise_multiplier(full, **ASKED | {"rounds": 20, "ceiling": 9.0}, renyi=renyi)
 
 
 @pytest.mark.parametrize(("steps", "published"), [(60, 1.194), (600, 2.617)])
