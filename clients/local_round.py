@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from clients.stages import Learner
     from fl_app.config import SharedConfig
     from fl_app.privacy.noise import NoiseSource
+    from fl_app.privacy.renyi_filter import RenyiFilter
     from fl_app.types import Broadcast, DpReceipt, RefusalCode
 
 ReplyT = TypeVar("ReplyT")
@@ -157,7 +158,8 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     if resend is not None:
         return resend
 
-    receipt, budget = _announced(policy, ledger, learner, broadcast, shared, asked)
+    renyi = _filter(policy, ledger)
+    receipt, budget = _announced(policy, ledger, renyi, learner, broadcast, shared, asked)
     frozen = models.load(shared.model.name, shared.model.dtype)
     lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
     codes = _codes(site.directory)
@@ -171,6 +173,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         receipts=[receipt],
         epsilon=budget,
         delta=policy.privacy.delta,
+        renyi=renyi,
     )
     bench = Workbench(
         model=frozen,
@@ -218,9 +221,16 @@ def _check_policy(policy: SitePolicy, learner: Learner, broadcast: Broadcast, sh
         )
 
 
+def _filter(policy: SitePolicy, ledger: Ledger) -> RenyiFilter | None:
+    """Return the Renyi filter that holds this site's ledger, None for PLD alone. Raises: LedgerRefusal."""
+    privacy = policy.privacy
+    return ledger.filter(privacy.composition, epsilon=privacy.epsilon, delta=privacy.delta)
+
+
 def _announced(
     policy: SitePolicy,
     ledger: Ledger,
+    renyi: RenyiFilter | None,
     learner: Learner,
     broadcast: Broadcast,
     shared: SharedConfig,
@@ -230,7 +240,8 @@ def _announced(
 
     The noise multiplier is chosen once, before the first round of a run, so that what remains is spread over all
     planned rounds; later rounds keep it, whatever they learned: a schedule fixed in advance is what the accountant's
-    composition assumes. `client.epsilon` caps what this run adds to what was spent before it.
+    composition assumes. `client.epsilon` caps what this run adds, by PLD, to what was spent before it; a filter knows
+    no such share, it holds the whole.
 
     Raises: BudgetSpent; PolicyRefusal when the site has raised its noise floor since the run began.
     """
@@ -259,6 +270,7 @@ def _announced(
             delta=delta,
             floor=policy.limits.min_noise_multiplier,
             ceiling=policy.limits.max_noise_multiplier,
+            renyi=renyi,
         )
     )
     if multiplier < policy.limits.min_noise_multiplier:
@@ -271,6 +283,8 @@ def _announced(
         raise BudgetSpent(
             f"run {broadcast.run} round {broadcast.round} would reach epsilon {total:.4g} of {budget:.4g}"
         )
+    if renyi is not None:
+        renyi.require([*ledger.receipts(), receipt])
     return receipt, budget
 
 
