@@ -25,6 +25,7 @@ from fl_app import journal, lora
 from fl_app.errors import RoundFailed
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.events import receipt_to_dict
+from fl_app.privacy.statement import of_receipts, of_site
 from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, Broadcast, RoundRecord
 from strategies.validate import broken_rule
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from strategies.lab import Lab, TextModel
     from strategies.stages import Aggregator, Distiller, Filter, Synthesizer, Tuner
 
-
-NO_SAMPLING = "no"
-"""The client-level statement reads "no sampling": every site, every round, so no amplification is claimed."""
 
 NON_PRIVATE = "not differentially private at site level"
 """On every artefact of a run that used a release without receipts, with the sites it came from."""
@@ -119,11 +117,10 @@ class Pipeline:
             rounds=self.shared.run.rounds,
             sites=sorted(sites),
             budgets={name: {"epsilon": hello.epsilon, "spent": hello.spent} for name, hello in sites.items()},
-            delta=max((hello.delta for hello in sites.values()), default=0.0),
-            unit=", ".join(sorted({hello.unit for hello in sites.values()})),
-            relation="add_or_remove_one",
-            sampling="Poisson",
-            accountant=pld.label(),
+            **of_site(
+                delta=max((hello.delta for hello in sites.values()), default=0.0),
+                unit=", ".join(sorted({hello.unit for hello in sites.values()})),
+            ).fields(),
             unready=dict(unready),
             model=self.shared.model.name,
             accept_non_private=self.accept_non_private,
@@ -282,11 +279,7 @@ class Pipeline:
             round=number,
             epsilon=cost.spent,
             budget=cost.budget,
-            delta=cost.delta,
-            unit=cost.receipt.unit,
-            relation=cost.receipt.relation,
-            sampling=NO_SAMPLING,
-            accountant=pld.label(),
+            **of_receipts([cost.receipt], delta=cost.delta, accountant=pld.label()).fields(),
             scope=cost.scope,
         )
 

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from fl_app import journal
 from fl_app.privacy.accountants import pld, rdp
+from fl_app.privacy.statement import of_entry, of_receipts, of_site
 from fl_app.types import Gaussian, PoissonGaussian
-from strategies.pipeline import NO_SAMPLING, NON_PRIVATE
+from strategies.pipeline import NON_PRIVATE
 
 if TYPE_CHECKING:
     from strategies.pipeline import Pipeline
@@ -103,11 +104,7 @@ def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
         "spent_is_lower_bound": site in pipeline.unheard,
         "private": hello.spent < math.inf,
         "budget": hello.epsilon,
-        "delta": hello.delta,
-        "unit": hello.unit,
-        "relation": "add_or_remove_one",
-        "sampling": "Poisson",
-        "accountant": pld.label(),
+        **of_site(delta=hello.delta, unit=hello.unit).fields(),
         "rdp": rdp.epsilon(None if site in pipeline.non_private else receipts, hello.delta),
         "by_round": [record.epsilon.get(site, 0.0) for record in pipeline.records],
         "noise_multiplier": [
@@ -121,16 +118,13 @@ def _client_level(pipeline: Pipeline) -> dict[str, Any] | None:
     if not pipeline.client_level:
         return None
     last = pipeline.client_level[-1]
-    events = [cost.receipt.event for cost in pipeline.client_level if isinstance(cost.receipt.event, Gaussian)]
+    receipts = [cost.receipt for cost in pipeline.client_level]
+    events = [receipt.event for receipt in receipts if isinstance(receipt.event, Gaussian)]
     return {
         "spent": last.spent,
         "budget": last.budget,
-        "delta": last.delta,
-        "unit": last.receipt.unit,
-        "relation": last.receipt.relation,
-        "sampling": NO_SAMPLING,
-        "accountant": pld.label(),
-        "rdp": rdp.epsilon([cost.receipt for cost in pipeline.client_level], last.delta),
+        **of_receipts(receipts, delta=last.delta, accountant=pld.label()).fields(),
+        "rdp": rdp.epsilon(receipts, last.delta),
         "by_round": [cost.spent for cost in pipeline.client_level],
         "noise_multiplier": [event.noise_multiplier for event in events],
         "clip_norm": [event.clip_norm for event in events],
@@ -208,10 +202,7 @@ def _budget_line(site: str, one: dict[str, Any]) -> str:
 
 
 def _statement(one: dict[str, Any]) -> str:
-    return (
-        f"{one['spent']:.4g} of {one['budget']:g} at delta {one['delta']:g}, per {one['unit']}, {one['relation']}, "
-        f"{one['sampling']} sampling, {one['accountant']}"
-    )
+    return f"{one['spent']:.4g} of {one['budget']:g} {of_entry(one).words()}"
 
 
 def _client_level_words(one: dict[str, Any] | None) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fl_app.errors import BudgetSpent, LedgerRefusal
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.events import check_delta
+from fl_app.privacy.statement import of_receipts
 from fl_app.types import DpReceipt, PoissonGaussian
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ def noise_multiplier(
     spent_loss = pld.compose(past)
     least_total = pld.epsilon(after(highest), delta)
     if not least_total <= epsilon:
+        statement = of_receipts(after(highest), delta=delta, accountant=pld.label())
         raise BudgetSpent(
-            f"spent {pld.epsilon(past, delta):.4g} of epsilon {epsilon:g} at delta {delta:g} (unit {unit}); {rounds} x "
+            f"spent {pld.epsilon(past, delta):.4g} of epsilon {epsilon:g} {statement.words()}; {rounds} x "
             f"{steps} steps at sample rate {sample_rate:g} would make it {least_total:.4g} even with the largest noise "
             f"multiplier allowed, {highest / TICKS:g}; ask for fewer rounds or steps or a lower sample rate, or raise "
             "epsilon in the site's policy"

@@ -60,6 +60,7 @@ from fl_app.privacy.chain import (
 )
 from fl_app.privacy.events import check_together, receipt_to_dict
 from fl_app.privacy.renyi_filter import settle
+from fl_app.privacy.statement import of_receipts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -141,9 +142,10 @@ class Ledger:
             after = [*book.receipts, *receipts]
             total = pld.epsilon(after, delta)
             if not total <= epsilon:
+                statement = of_receipts(after, delta=delta, accountant=pld.label())
                 spent, asked = pld.epsilon(book.receipts, delta), pld.epsilon(receipts, delta)
                 raise BudgetSpent(
-                    f"spent {spent:.4g} of epsilon {epsilon:g} at delta {delta:g} (unit {self._unit}, {pld.label()}); "
+                    f"spent {spent:.4g} of epsilon {epsilon:g} {statement.words()}; "
                     f"run {run} round {round_number} asks {asked:.4g}, together {total:.4g}; ask for less, or raise "
                     "epsilon in the site's policy"
                 )

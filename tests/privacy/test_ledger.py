@@ -68,7 +68,10 @@ def test_the_same_round_again_costs_again(ledger: Ledger) -> None:
 
 def test_over_budget_is_refused_and_leaves_no_trace(ledger: Ledger, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(BudgetSpent, match=r"spent 0\.868\d of epsilon 1 at delta 1e-05 .*asks 0\.59.*raise"):
+    with pytest.raises(
+        BudgetSpent,
+        match=r"spent 0\.868\d of epsilon 1 at delta 1e-05, per record, .*no sampling, PLD .*asks 0\.59.*raise",
+    ):
         spend(ledger, 3, epsilon=1.0)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     free = DpReceipt(event=Gaussian(noise_multiplier=0.0, clip_norm=1.0), unit="record")
