@@ -75,6 +75,8 @@ def noise_multiplier(
     def fits(tick: int) -> bool:
         return pld.epsilon(after(tick), delta) <= epsilon and (renyi is None or renyi.admits(after(tick)))
 
+    if renyi is not None:
+        lowest = _least_admitted(renyi, after, lowest=lowest, highest=highest)
     spent_loss = pld.compose(past)
     least_total = pld.epsilon(after(highest), delta)
     if not least_total <= epsilon:
@@ -85,8 +87,6 @@ def noise_multiplier(
             f"multiplier allowed, {highest / TICKS:g}; ask for fewer rounds or steps or a lower sample rate, or raise "
             "epsilon in the site's policy"
         )
-    if renyi is not None:
-        lowest = _least_admitted(renyi, after, lowest=lowest, highest=highest)
     found = _least(
         lambda tick: pld.read(pld.join(spent_loss, pld.compose(schedule(tick / TICKS))), delta),
         budget=epsilon,

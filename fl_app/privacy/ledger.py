@@ -140,6 +140,8 @@ class Ledger:
         with self._locked() as book:
             book.check_filter(renyi)
             after = [*book.receipts, *receipts]
+            if renyi is not None:
+                renyi.require(after)  # first: where it binds, raising epsilon is no way out
             total = pld.epsilon(after, delta)
             if not total <= epsilon:
                 statement = of_receipts(after, delta=delta, accountant=pld.label())
@@ -149,10 +151,8 @@ class Ledger:
                     f"run {run} round {round_number} asks {asked:.4g}, together {total:.4g}; ask for less, or raise "
                     "epsilon in the site's policy"
                 )
-            if renyi is not None:
-                renyi.require(after)
-                if book.renyi is None:
-                    self._append(book, {"kind": "filter", **dataclasses.asdict(renyi)})
+            if renyi is not None and book.renyi is None:
+                self._append(book, {"kind": "filter", **dataclasses.asdict(renyi)})
             # Unique in this chain and equal in equal simulations: it names its place in the chain.
             place = f"{book.head}/{len(book.entries)}/{run}/{round_number}"
             reservation_id = hashlib.sha256(place.encode()).hexdigest()[:16]

@@ -100,7 +100,7 @@ def test_a_filter_that_is_full_names_its_share() -> None:
     renyi = renyi_filter.fix(epsilon=2.0, delta=1e-5)
     full = [DpReceipt(event=Gaussian(noise_multiplier=2.2, clip_norm=1.0), unit="record")]  # PLD 1.79, filter 105 %
     with pytest.raises(BudgetSpent, match=r"Renyi filter of order 8 .* ask for fewer rounds"):
-        noise_multiplier(full, **ASKED | {"rounds": 20, "ceiling": 9.0}, renyi=renyi)
+        noise_multiplier(full, **ASKED | {"rounds": 20, "ceiling": 8.0}, renyi=renyi)
 
 
 @pytest.mark.parametrize(("steps", "published"), [(60, 1.194), (600, 2.617)])
