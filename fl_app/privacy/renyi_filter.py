@@ -41,7 +41,7 @@ The second line is sound when the change of policy did not look at releases. Whe
 histories that change and those that never do; the former are events of one filter, charged from the start, the latter
 of the fixed schedule, so together they are (epsilon, 2 delta): delta, and only it, doubles, and there is no way back.
 
-Source: Feldman & Zrnic 2021 (arXiv 2008.11193), theorem 4.3; Lecuyer 2021 (arXiv 2103.01379). Conversion: Canonne,
+Source: Feldman & Zrnic 2021 (arXiv 2008.11193), the Renyi filter; Lecuyer 2021 (arXiv 2103.01379). Conversion: Canonne,
 Kamath & Steinke 2020 (arXiv 2004.00010), proposition 12, as in dp-accounting. zCDP: Bun & Steinke 2016.
 """
 
