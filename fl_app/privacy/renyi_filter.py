@@ -13,9 +13,8 @@ alpha)-RDP at every alpha, so for them the best order is the one that lets throu
 Mironov's older conversion the same reasoning has a closed form, sqrt(rho) = sqrt(L + epsilon) - sqrt(L) and alpha = 1 +
 sqrt(L / rho) with L = ln(1 / delta); the improved one puts alpha about a fifth lower.) The divergence of *sampled*
 Gaussians bends upwards as alpha grows, so that a lower order suits them: hence 0.85, at most 8.5 % more noise for plain
-ones. Whole orders only: dp-accounting's
-series at fractional ones does not always converge. Order and budget depend on (epsilon, delta) alone, on no release
-and no schedule: that is what makes them fixed in advance.
+ones. Whole orders only: dp-accounting's series at fractional ones does not always converge. Order and budget depend on
+(epsilon, delta) alone, on no release and no schedule: that is what makes them fixed in advance.
 
 Doubt. One order serves all schedules, and not all alike. The noise it asks for where PLD asks for less, delta 1e-5:
 
@@ -65,8 +64,9 @@ Composition: TypeAlias = Literal["fixed_schedule", "renyi_filter"]
 """How a site's ledger adds up: `fixed_schedule` by PLD alone, `renyi_filter` under this filter as well."""
 
 SHARE = 0.85
-"""Of the zCDP that the best order for Gaussians lets through, given up for a lower order. Measured over 16 schedules
-(rates .01 to 1, 10 to 3000 steps, epsilon 1 to 20): 14 % less noise to 6 % more than at 1. Not studied further."""
+"""Of the zCDP that the best order for Gaussians lets through, what must be left; the rest buys a lower order. Measured
+over 16 schedules (rates .01 to 1, 10 to 3000 steps, epsilon 1 to 20): 14 % less noise to 6 % more than at 1. Not
+studied further."""
 
 LEAST_ORDER, MOST_ORDER = 2, 4096
 """The largest serves budgets down to epsilon 0.01; the cost of one order grows with it, to 30 ms for one event."""
