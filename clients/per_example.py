@@ -1,37 +1,53 @@
 """Clipped sums of per-example LoRA gradients: the one place where single examples have gradients.
 
-A LoRA factor is a linear map without bias; for row i its gradient is sum_t g_t x_t^T, with x the map's input and g the
-gradient at its output. One backward pass of the summed losses gives x and g for all rows at once, so per-example
-gradients cost two small products per layer. The clip is joint over all factors (A and B of every layer); rows whose
-gradient is not finite contribute zero.
+One backward pass of the summed losses gives every LoRA layer its inputs and output gradients for all rows at once; at
+rank 8 a row's gradient is two products of them that cost next to nothing, so it is formed, measured and added, and
+forgotten. The clip is joint over all trained factors; a row whose gradient is not finite contributes zero.
 
-Two engines, one result: `hooks` is ours, `opacus` (GradSampleModule hooks, `wrap_model=False`) is the reference.
+What "whoever else is there" means in bits. A row is padded by its own length alone (`sequences.isolated_batches`),
+shares a batch only where kernels keep rows apart (`fl_app.kernels`), and its scaled gradient is added in float64. So
+adding a row to the sum moves it by that row's clipped gradient and by nothing else, up to 2^-53: in float32 and in
+bfloat16 alike, at a fixed number of threads.
 
-Legend of shapes: B = rows of a micro-batch, T = padded length, I and O = inputs and outputs of one factor.
+Two engines, one result: `fused` is ours, `opacus` (GradSampleModule hooks, `wrap_model=False`) is the reference.
+
+Legend of shapes: B = rows of a micro-batch, T = padded length, I and O = inputs and outputs of a map, r = rank,
+P = trained coordinates; a factor b (O, r) is kept transposed, (r, O), until the end.
 Source: Goodfellow 2015 (1510.01799) for the outer product; Abadi et al. 2016 (1607.00133) for clip and sum.
 """
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fl_app import lora, sequences
+import numpy as np
+
+from fl_app import kernels, lora, lora_linear, sequences
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
-    from fl_app.sequences import TokenSequence
+    import numpy.typing as npt
 
-Engine = Literal["hooks", "opacus"]
+    from fl_app.lora_linear import LoraLayer
+    from fl_app.sequences import FrozenPrefix, MicroBatch, TokenSequence
+
+Engine = Literal["fused", "opacus"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
 class ClippedSum:
-    """Sum over rows of gradients clipped to `clip_norm`, one tensor per factor in the order of `lora.parameters`."""
+    """Sum over rows of gradients clipped to `clip_norm`: one float64 array per factor of `trained`, in that order."""
 
-    tensors: tuple[Any, ...]
+    tensors: tuple[npt.NDArray[np.float64], ...]
+
+
+def trained(model: Any) -> dict[str, Any]:
+    """Return the factors that a learner moves, by the names of `lora.parameters`: those that ask for a gradient."""
+    return {name: weight for name, weight in lora.parameters(model).items() if weight.requires_grad}
 
 
 def clipped_sum(
@@ -41,105 +57,221 @@ def clipped_sum(
     clip_norm: float,
     max_batch_tokens: int,
     pad_id: int,
-    engine: Engine = "hooks",
+    engine: Engine = "fused",
+    frozen: FrozenPrefix | None = None,
 ) -> ClippedSum:
     """Return the clipped sum of the gradients of each example's own mean loss; zeros for no examples.
 
-    Guarantee: adding or removing one example changes the result by at most `clip_norm` in L2 norm, whatever the other
-    examples are. Micro-batches only split the sum.
+    Guarantee: adding or removing one example changes the result by at most `clip_norm` in L2 norm, up to a relative
+    2^-15 for the float32 norm and 2^-53 for each addition, whatever the other examples are. Micro-batches of at most
+    `max_batch_tokens` padded tokens only split the sum.
+    """
+    layout = _Layout.of(model)
+    total_P = np.zeros(layout.size)
+    per_example = _opacus_gradients if engine == "opacus" else _fused_gradients
+    with per_example(model, layout) as gradients_of:
+        tokens = max_batch_tokens if _rows_keep_apart(model, layout, gradients_of, max_batch_tokens, engine) else 1
+        for batch in sequences.isolated_batches(examples, max_batch_tokens=tokens, pad_id=pad_id):
+            _add_clipped(total_P, gradients_of(batch, frozen), layout, clip_norm)
+    return ClippedSum(tensors=layout.split(total_P))
+
+
+def plain_sum(
+    model: Any, examples: Sequence[TokenSequence], *, max_batch_tokens: int, pad_id: int
+) -> tuple[npt.NDArray[np.float64], ...]:
+    """Return the sum of the examples' gradients, not clipped and not private, in the order of `trained`."""
+    layout = _Layout.of(model)
+    total_P = np.zeros(layout.size)
+    with _summed_gradients(model, layout) as gradient_of:
+        for batch in sequences.isolated_batches(examples, max_batch_tokens=max_batch_tokens, pad_id=pad_id):
+            total_P += gradient_of(batch).numpy()
+    return layout.split(total_P)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Where each trained factor lies in a flat vector of P coordinates. Shapes: name -> ((r, I) or (r, O))."""
+
+    shapes: dict[str, tuple[int, int]]
+    starts: dict[str, int]
+    size: int
+
+    @classmethod
+    def of(cls, model: Any) -> _Layout:
+        """Return the layout of the trained factors. Raises: ValueError when nothing is trained."""
+        shapes = {name: tuple(w.shape if name.endswith(".a") else w.t().shape) for name, w in trained(model).items()}
+        if not shapes:
+            raise ValueError("no factor asks for a gradient: there is nothing to learn")
+        ends = np.cumsum([rows * columns for rows, columns in shapes.values()])
+        starts = dict(zip(shapes, [0, *ends[:-1].tolist()], strict=True))
+        return cls(shapes=shapes, starts=starts, size=int(ends[-1]))
+
+    def part(self, flat: Any, name: str) -> Any:
+        """Return a factor's view of flat vectors. Shapes: flat (B, P) -> (B, r, I or O)."""
+        rows, columns = self.shapes[name]
+        start = self.starts[name]
+        return flat[:, start : start + rows * columns].view(flat.shape[0], rows, columns)
+
+    def split(self, flat_P: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+        """Return the factors' own arrays, b transposed back. Shapes: (P,) -> a (r, I), b (O, r)."""
+        parts: list[npt.NDArray[np.float64]] = []
+        for name, shape in self.shapes.items():
+            part = flat_P[self.starts[name] : self.starts[name] + shape[0] * shape[1]].reshape(shape)
+            parts.append(part if name.endswith(".a") else np.ascontiguousarray(part.T))
+        return tuple(parts)
+
+
+def _rows_keep_apart(
+    model: Any, layout: _Layout, gradients_of: Callable[..., Any], max_batch_tokens: int, engine: Engine
+) -> bool:
+    """Whether a row's gradient has the same bits alone and in company, here and now; asked once per process.
+
+    The products are tried at every height (`fl_app.kernels`), then the model as a whole on a few short rows: GPT-2's
+    attention, for one, takes another path for one row than for two.
     """
     import torch
 
-    weights = list(lora.parameters(model).values())
-    totals = [torch.zeros_like(weight) for weight in weights]
-    per_example = _opacus_gradients if engine == "opacus" else _hook_gradients
-    with per_example(model) as gradients_of:
-        for batch in sequences.micro_batches(examples, max_batch_tokens=max_batch_tokens, pad_id=pad_id):
-            gradients = gradients_of(batch)
-            _add_clipped(totals, gradients, clip_norm)
-            del gradients
-    return ClippedSum(tensors=tuple(totals))
+    config = model.get_base_model().config
+    place = (config.to_json_string(), str(layout.shapes), engine, max_batch_tokens, torch.get_num_threads())
+    verdicts = _verdicts()
+    if place not in verdicts:
+        verdicts[place] = kernels.keep_rows_apart(model, max_batch_tokens) and _gradients_keep_apart(
+            gradients_of, int(config.get_text_config().vocab_size)
+        )
+    return verdicts[place]
 
 
-def _add_clipped(totals: list[Any], gradients: Sequence[Any], clip_norm: float) -> None:
-    """Add each row's gradient, scaled to at most `clip_norm`, to the totals. Shapes: gradients (B, *weight)."""
+@functools.cache
+def _verdicts() -> dict[tuple[str, str, str, int, int], bool]:
+    """Return what was found out in this process: a property of machine and model, in which no row has a part."""
+    return {}
+
+
+def _gradients_keep_apart(gradients_of: Callable[..., Any], vocabulary: int) -> bool:
     import torch
 
-    square_B = sum(gradient.flatten(1).double().square().sum(1) for gradient in gradients)
-    assert isinstance(square_B, torch.Tensor)
-    norm_B = square_B.sqrt()
-    scale_B = torch.where(torch.isfinite(norm_B), (clip_norm / norm_B.clamp(min=1e-30)).clamp(max=1.0), 0.0).float()
-    # Below float32's normal range a scale has too few digits to keep the bound; such a row counts as not finite.
-    usable_B = scale_B >= torch.finfo(torch.float32).tiny
-    scale_B = torch.where(usable_B, scale_B, 0.0)
-    for total, gradient in zip(totals, gradients, strict=True):
-        clean = torch.where(usable_B.view(-1, *[1] * (gradient.ndim - 1)), gradient, 0.0)
-        total.add_(torch.einsum("b,b...->...", scale_B, clean))
+    rng = np.random.default_rng(0)
+    for width, heights in ((sequences.WIDTH_STEP, (2, 5)), (3 * sequences.WIDTH_STEP, (2,))):
+        rows = [
+            sequences.TokenSequence(ids=tuple(rng.integers(0, vocabulary, width - n).tolist()), loss_from=1 + n)
+            for n in range(max(heights))
+        ]
+        alone = gradients_of(*_together(rows[:1], width))[0].clone()
+        for height in heights:
+            both = gradients_of(*_together(rows[:height], width))
+            if not torch.equal(both[height - 1], alone):  # sorted by length, the longest comes last
+                return False
+    return True
+
+
+def _together(rows: Sequence[TokenSequence], width: int) -> tuple[MicroBatch, None]:
+    """Return rows of one width as one micro-batch, and no frozen states: arguments of a `gradients_of`."""
+    (batch,) = sequences.isolated_batches(rows, max_batch_tokens=len(rows) * width, pad_id=0)
+    return batch, None
+
+
+def _add_clipped(total_P: npt.NDArray[np.float64], gradient_BP: Any, layout: _Layout, clip_norm: float) -> None:
+    """Add each row's gradient, scaled to at most `clip_norm`, to the total. Shapes: gradient (B, P) float32."""
+    import torch
+
+    # In float32 per factor, then float64: a norm of at most 2^14 numbers is right to 2^-15; one that overflows is
+    # infinite, and such a row counts as not finite.
+    norms_FB = [torch.linalg.vector_norm(layout.part(gradient_BP, name), dim=(1, 2)) for name in layout.shapes]
+    norm_B = torch.stack(norms_FB).double().square().sum(0).sqrt()
+    scales_B = torch.where(torch.isfinite(norm_B), (clip_norm / norm_B).clamp(max=1.0), 0.0).tolist()
+    total = torch.from_numpy(total_P)
+    for row, scale in enumerate(scales_B):
+        if scale > 0:  # zero times infinity would not be zero
+            total.add_(gradient_BP[row], alpha=scale)
 
 
 @contextmanager
-def _hook_gradients(model: Any) -> Generator[Any]:
-    """Yield a function: micro-batch -> per-example gradients, from inputs and output gradients of every factor."""
+def _fused_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any]]:
+    """Yield a function: micro-batch -> per-example gradients (B, P), formed while the backward pass goes by."""
     import torch
 
-    factors = _factor_modules(model)
-    seen: dict[str, tuple[Any, Any]] = {}
+    buffer = torch.empty(0, layout.size)
+    seen: set[str] = set()
 
-    def remember(name: str) -> Any:
-        def hook(_: Any, inputs: tuple[Any, ...], output_BTO: Any) -> None:
-            seen[name] = (inputs[0].detach(), output_BTO)
+    def sink(layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
+        for name, left_BTr, right in ((f"{layer.name}.a", u_BTr, x_BTI), (f"{layer.name}.b", low_BTr, slope_BTO)):
+            if name in layout.shapes:
+                _bmm_into(layout.part(buffer, name), left_BTr.transpose(1, 2), right, add=name in seen)
+                seen.add(name)
 
-        return hook
-
-    handles = [module.register_forward_hook(remember(name)) for name, module in factors.items()]
-
-    def gradients_of(batch: Any) -> list[Any]:
+    def gradients_of(batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
+        nonlocal buffer
+        if buffer.shape[0] != batch.ids_BT.shape[0]:
+            buffer = torch.empty(batch.ids_BT.shape[0], layout.size)
         seen.clear()
         with torch.enable_grad():
-            loss = sequences.example_losses(model, batch).sum()
-            names = list(factors)
-            slopes = torch.autograd.grad(loss, [seen[name][1] for name in names])
-        result = [
-            torch.einsum("bto,bti->boi", slope_BTO.float(), seen[name][0].float())
-            for name, slope_BTO in zip(names, slopes, strict=True)
-        ]
-        seen.clear()
-        return result
+            sequences.example_losses(model, batch, frozen).sum().backward()
+        for name in layout.shapes.keys() - seen:  # a layer that no token passed through
+            layout.part(buffer, name).zero_()
+        return buffer[: len(batch.rows)]
 
-    try:
+    with lora_linear.fused(model, sink):
         yield gradients_of
-    finally:
-        seen.clear()
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _opacus_gradients(model: Any) -> Generator[Any]:
+def _summed_gradients(model: Any, layout: _Layout) -> Generator[Callable[[MicroBatch], Any]]:
+    """Yield a function: micro-batch -> the sum of its rows' gradients (P,), formed without any row's own."""
+    import torch
+
+    total_1P = torch.zeros(1, layout.size)
+
+    def sink(layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
+        for name, left_BTr, right in ((f"{layer.name}.a", u_BTr, x_BTI), (f"{layer.name}.b", low_BTr, slope_BTO)):
+            if name in layout.shapes:
+                layout.part(total_1P, name)[0].add_(left_BTr.flatten(0, 1).t() @ right.flatten(0, 1))
+
+    def gradient_of(batch: MicroBatch) -> Any:
+        total_1P.zero_()
+        with torch.enable_grad():
+            sequences.example_losses(model, batch).sum().backward()
+        return total_1P[0]
+
+    with lora_linear.fused(model, sink):
+        yield gradient_of
+
+
+def _bmm_into(target: Any, left: Any, right: Any, *, add: bool) -> None:
+    """Write (or add) the batched product left @ right into `target`, which is float32 whatever they are."""
+    import torch
+
+    if left.dtype == target.dtype and not add:
+        torch.bmm(left, right, out=target)
+        return
+    product = torch.bmm(left, right)
+    target.add_(product) if add else target.copy_(product)
+
+
+@contextmanager
+def _opacus_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any]]:
     """Yield the same function from Opacus' grad-sample hooks."""
+    import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
 
-    weights = list(lora.parameters(model).values())
-    model.train()
+    weights = trained(model)
+    factors = [m for m in model.modules() if any(getattr(m, "weight", None) is weight for weight in weights.values())]
+    for factor in factors:
+        factor.train()  # Opacus' hooks look away from modules in eval mode; the rest stays there, without dropout
     hooks: Any = GradSampleHooks(model, batch_first=True, loss_reduction="sum", strict=False)
 
-    def gradients_of(batch: Any) -> list[Any]:
-        sequences.example_losses(model, batch).sum().backward()
-        result = [weight.grad_sample.detach().clone() for weight in weights]
-        for weight in weights:
+    def gradients_of(batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
+        sequences.example_losses(model, batch, frozen).sum().backward()
+        gradient_BP = torch.empty(batch.ids_BT.shape[0], layout.size)
+        for name, weight in weights.items():
+            sample = weight.grad_sample.detach()
+            layout.part(gradient_BP, name).copy_(sample if name.endswith(".a") else sample.transpose(1, 2))
             weight.grad_sample = None
             weight.grad = None
-        return result
+        return gradient_BP[: len(batch.rows)]
 
     try:
         yield gradients_of
     finally:
         hooks.cleanup()
-        model.eval()
-
-
-def _factor_modules(model: Any) -> dict[str, Any]:
-    """Return the linear maps of all factors by the names of `lora.parameters`, in the same order."""
-    by_weight = {id(weight): name for name, weight in lora.parameters(model).items()}
-    modules = {by_weight[id(m.weight)]: m for m in model.modules() if id(getattr(m, "weight", None)) in by_weight}
-    return dict(sorted(modules.items()))
+        for factor in factors:
+            factor.eval()

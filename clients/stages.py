@@ -47,8 +47,13 @@ class Learner(Protocol):
         ...
 
     @property
+    def private(self) -> bool:
+        """Whether a release has a receipt; without one its epsilon is infinite."""
+        ...
+
+    @property
     def steps(self) -> int:
-        """Noisy steps of one round, a public constant."""
+        """Steps of one round, a public constant."""
         ...
 
     @property
@@ -56,12 +61,12 @@ class Learner(Protocol):
         """L2 bound on one unit's contribution to one step."""
         ...
 
-    def announce(self, constants: PublicConstants, noise_multiplier: float) -> DpReceipt:
-        """Return the receipt of one round at this noise multiplier."""
+    def announce(self, constants: PublicConstants, noise_multiplier: float) -> DpReceipt | None:
+        """Return the receipt of one round at this noise multiplier; None when `private` is false."""
         ...
 
     def __call__(
-        self, rows: PrivateRows, start: Adapter, receipt: DpReceipt, constants: PublicConstants, bench: Workbench
+        self, rows: PrivateRows, start: Adapter, receipt: DpReceipt | None, constants: PublicConstants, bench: Workbench
     ) -> AdapterRelease:
         """Return the release that `receipt` pays for. The number of steps never depends on the rows."""
         ...

@@ -63,7 +63,8 @@ class LoraSection(Section):
     """[lora]: the shape of every adapter of this run. `first_layer` counts decoder blocks from 0.
 
     `start` is a PEFT adapter of exactly this shape, made from public text, that the run starts from; empty: a fresh
-    one, which changes nothing in the model.
+    one, which changes nothing in the model. `init` says how a fresh one's A is drawn: uniform as PEFT does, or with
+    orthonormal rows (FFA-LoRA, which never trains A).
     """
 
     rank: Annotated[int, Field(ge=1, le=512)]
@@ -71,6 +72,7 @@ class LoraSection(Section):
     targets: Annotated[tuple[str, ...], Field(strict=False)]
     first_layer: Annotated[int, Field(ge=0)] = 0
     start: str = ""
+    init: Literal["uniform", "orthonormal"] = "uniform"
 
 
 class SharedConfig(Section):
@@ -181,7 +183,7 @@ def _nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 def _explain(section: type[BaseModel], detail: Any, where: str) -> str:
-    path = ".".join(str(part) for part in (*([where] if where else []), *detail["loc"]))
+    path = ".".join(str(part) for part in (*([where] if where else []), *_keys(section, detail["loc"])))
     if detail["type"] == "extra_forbidden":
         known = _fields_at(section, detail["loc"][:-1])
         return f"unknown key {path}{_nearest(str(detail['loc'][-1]), known)}; known: {', '.join(known)}"
@@ -193,14 +195,29 @@ def _explain(section: type[BaseModel], detail: Any, where: str) -> str:
 def _fields_at(section: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     fields: Any = section
     for part in loc:
-        info = getattr(fields, "model_fields", {}).get(part)
-        if info is None:
-            options = [o for o in _options(fields) if str(part) == _tag(o)]
-            fields = options[0] if options else fields
-        else:
-            fields = info.annotation
+        fields = _step(fields, part)
     names = getattr(fields, "model_fields", None)
     return sorted(names) if names else []
+
+
+def _keys(section: type[BaseModel], loc: tuple[Any, ...]) -> list[Any]:
+    """Return the keys of a location as they stand in the file: pydantic also names the kind of a union it chose."""
+    fields: Any = section
+    keys: list[Any] = []
+    for part in loc:
+        chosen = part not in getattr(fields, "model_fields", {}) and any(str(part) == _tag(o) for o in _options(fields))
+        keys += [] if chosen else [part]
+        fields = _step(fields, part)
+    return keys
+
+
+def _step(fields: Any, part: Any) -> Any:
+    """Return what lies under one part of a location: a field's annotation, or the member of a union."""
+    info = getattr(fields, "model_fields", {}).get(part)
+    if info is not None:
+        return info.annotation
+    options = [option for option in _options(fields) if str(part) == _tag(option)]
+    return options[0] if options else fields
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

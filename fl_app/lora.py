@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from fl_app.config import LoraSection
     from fl_app.models import FrozenModel
 
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the module paths of the base model."""
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +47,14 @@ def spec_of(frozen: FrozenModel, section: LoraSection) -> LoraSpec:
 
     Raises: AdapterMismatch when the targets or the layer range match no linear map; it lists what there is.
     """
-    import torch
-
+    maps = {name: shape for name, module in frozen.model.named_modules() if (shape := _linear_shape(module))}
     shapes = {
-        name: (int(module.in_features), int(module.out_features))
-        for name, module in frozen.model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.rsplit(".", 1)[-1] in section.targets
-        and _block(name) >= section.first_layer
+        name: shape
+        for name, shape in maps.items()
+        if name.rsplit(".", 1)[-1] in section.targets and _block(name) >= section.first_layer
     }
     if not shapes:
-        linear = {n.rsplit(".", 1)[-1] for n, m in frozen.model.named_modules() if isinstance(m, torch.nn.Linear)}
+        linear = {name.rsplit(".", 1)[-1] for name in maps}
         raise AdapterMismatch(
             f"lora.targets {list(section.targets)} from layer {section.first_layer} match nothing in "
             f"{frozen.resolved.name}; linear maps there: {', '.join(sorted(linear))}"
@@ -62,16 +62,26 @@ def spec_of(frozen: FrozenModel, section: LoraSection) -> LoraSpec:
     return LoraSpec(shapes=shapes, rank=section.rank, alpha=section.alpha, base=frozen.resolved.sha256)
 
 
-def initial(spec: LoraSpec, rng: np.random.Generator) -> Adapter:
-    """Return the adapter a run starts from: a uniform in +-1/sqrt(d_in), b zero, so that delta_W = 0.
+def initial(spec: LoraSpec, rng: np.random.Generator, init: Literal["uniform", "orthonormal"] = "uniform") -> Adapter:
+    """Return the adapter a run starts from: b zero, so that delta_W = 0, and a drawn without any data.
 
-    Source: Hu et al. 2021 (LoRA), 4.1; the bound is what PEFT's kaiming_uniform(a=sqrt(5)) amounts to.
+    uniform      in +-1/sqrt(d_in), what PEFT's kaiming_uniform(a=sqrt(5)) amounts to
+    orthonormal  rows orthonormal (the Q of a Gaussian matrix): noise on b reaches every direction alike
+
+    Raises: AdapterMismatch when the rank exceeds a map's inputs, which have no more orthonormal directions.
+    Source: Hu et al. 2021 (LoRA, 2106.09685), 4.1; Sun et al. 2024 (FFA-LoRA, 2403.12313) for the orthonormal option.
     """
+
+    def draw(name: str, d_in: int) -> np.ndarray:
+        if init == "uniform":
+            return rng.uniform(-(d_in**-0.5), d_in**-0.5, (spec.rank, d_in))
+        if spec.rank > d_in:
+            raise AdapterMismatch(f"{name} has {d_in} inputs, so no {spec.rank} orthonormal rows; lower lora.rank")
+        columns, upper = np.linalg.qr(rng.standard_normal((d_in, spec.rank)))
+        return (columns * np.sign(np.diag(upper))).T
+
     layers = {
-        name: LoraFactors(
-            a=rng.uniform(-(d_in**-0.5), d_in**-0.5, (spec.rank, d_in)).astype(np.float32),
-            b=np.zeros((d_out, spec.rank), np.float32),
-        )
+        name: LoraFactors(a=draw(name, d_in).astype(np.float32), b=np.zeros((d_out, spec.rank), np.float32))
         for name, (d_in, d_out) in sorted(spec.shapes.items())
     }
     return Adapter(layers=layers, alpha=spec.alpha, base=spec.base)
@@ -154,8 +164,9 @@ def attach(frozen: FrozenModel, adapter: Adapter) -> Any:
         raise AdapterMismatch(
             f"adapter is for base {adapter.base[:12]}, {frozen.resolved.name} is {frozen.resolved.sha256[:12]}"
         )
-    config = _config(adapter, lora_dropout=0.0)
-    model: Any = get_peft_model(frozen.replica().model, config)
+    base = frozen.replica().model
+    conv1d = any(type(base.get_submodule(name)).__name__ == "Conv1D" for name in adapter.layers)
+    model: Any = get_peft_model(base, _config(adapter, lora_dropout=0.0, fan_in_fan_out=conv1d))
     write(model, adapter)
     return model
 
@@ -164,7 +175,7 @@ def parameters(model: Any) -> dict[str, Any]:
     """Return the LoRA parameters of a PEFT model by `<module path>.a` and `.b`, in sorted order."""
     found: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
-        path = name.removeprefix(_PREFIX)
+        path = name.removeprefix(PEFT_PREFIX)
         for marker, factor in ((".lora_A.default.weight", ".a"), (".lora_B.default.weight", ".b")):
             if path.endswith(marker):
                 found[path.removesuffix(marker) + factor] = parameter
@@ -210,8 +221,8 @@ def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "f
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Any] = {}
     for name, factors in sorted(adapter.layers.items()):
-        tensors[f"{_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
-        tensors[f"{_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
+        tensors[f"{PEFT_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
+        tensors[f"{PEFT_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
     file = save(tensors, metadata={"format": "pt", "stillroom_base": adapter.base})
     _replace(folder / "adapter_model.safetensors", _with_sorted_header(file))
     config = _config(adapter, base_model_name_or_path=base_name, task_type="CAUSAL_LM", inference_mode=True)
@@ -231,7 +242,7 @@ def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as handle:
         known_base = (handle.metadata() or {}).get("stillroom_base") or base
         for key in sorted(handle.keys()):
-            path = key.removeprefix(_PREFIX)
+            path = key.removeprefix(PEFT_PREFIX)
             factor = "a" if path.endswith(_A) else "b" if path.endswith(_B) else ""
             if not factor:
                 raise AdapterMismatch(f"{folder}: tensor {key!r} is no LoRA factor; only plain LoRA is loaded")
@@ -254,6 +265,17 @@ def _replace(path: Path, content: bytes) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
+
+
+def _linear_shape(module: Any) -> tuple[int, int] | None:
+    """Return (d_in, d_out) of a linear map, GPT-2's Conv1D included; None for any other module."""
+    import torch
+
+    if isinstance(module, torch.nn.Linear):
+        return int(module.in_features), int(module.out_features)
+    if type(module).__name__ == "Conv1D":  # transformers.pytorch_utils; its weight is (d_in, d_out)
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
 
 
 def _block(name: str) -> int:

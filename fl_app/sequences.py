@@ -4,19 +4,28 @@ Both a site's learner and the server's tuner train on (prefix, text) pairs: the 
 text does, averaged over its own tokens. Nothing here averages over a batch: a batch-wide token mean would couple
 examples and break per-example clipping.
 
-Legend of shapes: B = rows of a micro-batch, T = padded length, V = vocabulary, N = positions that carry loss.
-Source: Kurakin et al. 2023 (2306.01684) for the prefix-LM loss; specs `performance.md` 2 for sorting and for
-computing logits only where a loss is due.
+Two ways to batch. `micro_batches` packs tightly, for text that is not private. `isolated_batches` pads a sequence to a
+width that depends on that sequence alone and may put it alone: with kernels that keep rows apart (`fl_app.kernels`),
+adding a row then moves no other row's gradient by a single bit, which is what a bound on sensitivity means.
+
+Legend of shapes: B = rows of a micro-batch, T = padded length, D = width, N = positions that carry loss.
+Source: Kurakin et al. 2023 (2306.01684) for the prefix-LM loss; sorting by length and logits only where a loss is due
+are engineering (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fl_app import token_loss
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+
+WIDTH_STEP = 16
+"""Isolated batches are as wide as the next multiple of this: few shapes, and at most 15 tokens of padding a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
@@ -41,22 +50,38 @@ class MicroBatch:
     loss_mask_BT: Any
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+@dataclass(slots=True, kw_only=True, repr=False, eq=False)
 class FrozenPrefix:
     """Hidden states that enter the first adapted block, by sequence; constants of a run, since all below is frozen.
 
-    Shapes: each (length, D) in the model's own type. Exact: the same arithmetic, done once instead of every epoch.
+    Shapes: each (length, D) in the model's own type. Exact: the same arithmetic, done once instead of at every step.
+    Keyed by identity, so it lives no longer than the sequences do. Beyond `most_bytes` it computes and does not keep.
     """
 
     first_block: int
-    states: Mapping[int, Any]
+    most_bytes: int = 1 << 30
+    states: dict[int, Any] = field(default_factory=dict[int, Any])
+    kept_bytes: int = 0
 
-    def padded(self, keys: Sequence[TokenSequence], *, width: int) -> Any:
-        """Return the states of some sequences, right-padded with zeros. Shape: (B, width, D)."""
-        import torch
-
-        rows = [self.states[id(key)] for key in keys]
-        return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, width - row.shape[0])) for row in rows])
+    def entering(self, model: Any, batch: MicroBatch) -> Any:
+        """Return the states that enter the first adapted block. Shape: (B, T, D); zeros on padding."""
+        missing = [row for row, key in enumerate(batch.keys) if id(key) not in self.states]
+        computed_BTD = frozen_states(model, batch, self.first_block) if missing else None
+        rows: list[Any] = []
+        for row, key in enumerate(batch.keys):
+            state = self.states.get(id(key))
+            if state is None:
+                assert computed_BTD is not None
+                state = computed_BTD[row, : len(key.ids)].clone()
+                if self.kept_bytes + state.nbytes <= self.most_bytes:
+                    self.states[id(key)] = state
+                    self.kept_bytes += state.nbytes
+            rows.append(state)
+        height, width = batch.ids_BT.shape
+        start_BTD = rows[0].new_zeros(height, width, rows[0].shape[1])
+        for row, state in enumerate(rows):
+            start_BTD[row, : state.shape[0]] = state
+        return start_BTD
 
 
 def first_adapted_block(names: Iterable[str]) -> int:
@@ -64,20 +89,35 @@ def first_adapted_block(names: Iterable[str]) -> int:
     return min((next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names), default=0)
 
 
-def frozen_states(model: Any, batch: MicroBatch, first_block: int) -> dict[int, Any]:
-    """Return the states of one micro-batch for a `FrozenPrefix`, keyed by the identity of its sequences."""
+def frozen_states(model: Any, batch: MicroBatch, first_block: int) -> Any:
+    """Return the hidden states of a micro-batch that enter block `first_block`. Shape: (B, T, D)."""
     import torch
 
     with torch.no_grad():
         bottom = _blocks(model.get_base_model().get_decoder(), 0, first_block)
-        hidden_BTD = bottom(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
-    return {id(key): hidden_BTD[row, : len(key.ids)].clone() for row, key in enumerate(batch.keys)}
+        return bottom(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
 
 
-def can_be_cut(model: Any) -> bool:
-    """Whether the decoder is the common kind: embeddings, `layers`, a final `norm`."""
+def can_be_cut(model: Any, first_block: int) -> bool:
+    """Whether a decoder gives the same states when it runs in two halves, found by running it both ways once.
+
+    True for the common kind (embeddings, `layers`, a final `norm`); others, GPT-2 and models with blocks of several
+    kinds among them, are trained whole.
+    """
+    import torch
+
     decoder = model.get_base_model().get_decoder()
-    return hasattr(decoder, "layers") and hasattr(decoder, "norm")
+    if not (first_block and hasattr(decoder, "layers") and hasattr(decoder, "norm")):
+        return False
+    kinds = getattr(decoder.config, "layer_types", None) or []
+    if kinds[first_block:] != kinds[: len(kinds) - first_block]:
+        return False  # a decoder that tells its blocks apart by number would take the upper half for the lower
+    probe = TokenSequence(ids=tuple(range(WIDTH_STEP)), loss_from=1)
+    batch = _pad([probe], [0], pad_id=0, width=WIDTH_STEP)
+    with torch.no_grad():
+        whole_BTD = decoder(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
+        cut_BTD = _from_block(decoder, FrozenPrefix(first_block=first_block).entering(model, batch), batch, first_block)
+    return bool(torch.equal(whole_BTD, cut_BTD))
 
 
 def encode(tokenizer: Any, prefix: str, text: str, *, max_tokens: int, end: bool = True) -> TokenSequence:
@@ -101,22 +141,41 @@ def micro_batches(sequences: Sequence[TokenSequence], *, max_batch_tokens: int, 
 
     `rows` of a batch are indices into `sequences`. A single row longer than the limit is a batch of its own.
     """
-    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i].ids), i))
     batches: list[list[int]] = []
-    for index in order:
+    for index in _by_length(sequences):
         width = len(sequences[index].ids)
         if batches and width * (len(batches[-1]) + 1) <= max_batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
-    return [_pad(sequences, rows, pad_id) for rows in batches]
+    widths = [max(len(sequences[i].ids) for i in rows) for rows in batches]
+    return [_pad(sequences, rows, pad_id, width) for rows, width in zip(batches, widths, strict=True)]
+
+
+def isolated_batches(sequences: Sequence[TokenSequence], *, max_batch_tokens: int, pad_id: int) -> list[MicroBatch]:
+    """Return the sequences in batches in which the width of each is its own affair.
+
+    A sequence of length n goes into batches of width W, the next multiple of `WIDTH_STEP`, and of at most
+    max(1, max_batch_tokens // W) rows.
+
+    Guarantee: the width of a sequence's batch is a function of its own length; with `max_batch_tokens` 1 so is the
+    whole batch.
+    """
+    by_width: dict[int, list[int]] = {}
+    for index in _by_length(sequences):
+        by_width.setdefault(-(-len(sequences[index].ids) // WIDTH_STEP) * WIDTH_STEP, []).append(index)
+    batches: list[MicroBatch] = []
+    for width, rows in by_width.items():
+        height = max(1, max_batch_tokens // width)
+        batches += [_pad(sequences, rows[n : n + height], pad_id, width) for n in range(0, len(rows), height)]
+    return batches
 
 
 def example_losses(model: Any, batch: MicroBatch, frozen: FrozenPrefix | None = None) -> Any:
     """Return each row's mean negative log-likelihood over its own loss positions, in nats. Shape: (B,) float32.
 
-    `model` is a PEFT model of a causal language model; logits are computed only where a loss is due (N of B * T).
-    With `frozen`, only the blocks from the first adapted one up are computed.
+    `model` is a PEFT model of a causal language model; logits are computed only where a loss is due (N of B * T) and
+    a chunk at a time. With `frozen`, only the blocks from the first adapted one up are computed.
     """
     import torch
 
@@ -124,16 +183,29 @@ def example_losses(model: Any, batch: MicroBatch, frozen: FrozenPrefix | None = 
     if frozen is None:
         hidden_BTD = core.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
     else:
-        top = _blocks(core.get_decoder(), frozen.first_block, None)
-        start_BTD = frozen.padded([batch.keys[row] for row in range(len(batch.rows))], width=batch.ids_BT.shape[1])
-        hidden_BTD = top(inputs_embeds=start_BTD, attention_mask=batch.mask_BT, use_cache=False)[0]
+        start_BTD = frozen.entering(model, batch)
+        hidden_BTD = _from_block(core.get_decoder(), start_BTD, batch, frozen.first_block)
     rows_N, positions_N = batch.loss_mask_BT.nonzero(as_tuple=True)
-    logits_NV = core.get_output_embeddings()(hidden_BTD[rows_N, positions_N]).float()
+    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, rows_N * batch.ids_BT.shape[1] + positions_N)
     targets_N = batch.ids_BT[rows_N, positions_N + 1]
-    losses_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    head = token_loss.head_of(core)
+    if head is None:  # a head that is no frozen linear map: the model's own arithmetic
+        logits_NV = core.get_output_embeddings()(hidden_ND).float()
+        losses_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    else:
+        losses_N = token_loss.token_losses(hidden_ND, targets_N, head)
     counts_B = batch.loss_mask_BT.sum(dim=1).clamp(min=1)
-    totals_B = torch.zeros(len(batch.rows), dtype=torch.float32).index_add(0, rows_N, losses_N)
+    totals_B = torch.zeros(batch.ids_BT.shape[0], dtype=torch.float32).index_add(0, rows_N, losses_N)
     return totals_B / counts_B
+
+
+def _from_block(decoder: Any, start_BTD: Any, batch: MicroBatch, first_block: int) -> Any:
+    top = _blocks(decoder, first_block, None)
+    return top(inputs_embeds=start_BTD, attention_mask=batch.mask_BT, use_cache=False)[0]
+
+
+def _by_length(sequences: Sequence[TokenSequence]) -> list[int]:
+    return sorted(range(len(sequences)), key=lambda index: (len(sequences[index].ids), index))
 
 
 def _blocks(decoder: Any, first: int, last: int | None) -> Any:
@@ -148,10 +220,9 @@ def _blocks(decoder: Any, first: int, last: int | None) -> Any:
     return view
 
 
-def _pad(sequences: Sequence[TokenSequence], rows: Sequence[int], pad_id: int) -> MicroBatch:
+def _pad(sequences: Sequence[TokenSequence], rows: Sequence[int], pad_id: int, width: int) -> MicroBatch:
     import torch
 
-    width = max(len(sequences[i].ids) for i in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     loss = torch.zeros((len(rows), width - 1), dtype=torch.bool)

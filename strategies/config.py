@@ -127,7 +127,7 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
 def _start(shared: SharedConfig, spec: LoraSpec) -> Adapter:
     """Return the adapter a run starts from. Raises: ConfigInvalid, AdapterMismatch."""
     if not shared.lora.start:
-        return lora.initial(spec, stream(shared.run.seed, "initial adapter"))
+        return lora.initial(spec, stream(shared.run.seed, "initial adapter"), shared.lora.init)
     folder = Path(shared.lora.start)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigInvalid(

@@ -1,7 +1,11 @@
-"""Learners: private rows -> a release and its receipt. The next member joins as `Annotated[A | B, discriminator]`."""
+"""Learners: private rows -> a release and its receipt. The union is the registry of their kinds."""
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
+from pydantic import Field
+
+from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
+from clients.learners.plain_lora import PlainLora
 
-AnyLearner: TypeAlias = DpLora
+AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora, Field(discriminator="kind")]

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from strategies.stages import Tuner
 
 
-_MOST_STATE_BYTES = 1 << 30
-
-
 class Sft(Section):
     """[server.tuner] kind = "sft". Linear warm-up over `warmup` of the steps, then cosine to a tenth.
 
@@ -121,15 +118,15 @@ class SupervisedTuning:
         return lora.read(model, alpha=adapter.alpha, base=adapter.base)
 
     def _frozen(self, model: Any, adapter: Adapter, examples: Sequence[TokenSequence]) -> FrozenPrefix | None:
-        """Return the states below the first adapted block, computed once, when they pay and fit in a gigabyte."""
+        """Return the states below the first adapted block, computed once, when that pays and can be done."""
         first = sequences.first_adapted_block(adapter.layers)
-        size = sum(len(one.ids) for one in examples) * self.lab.local.model.config.hidden_size * 4
-        if self.section.epochs == 1 or first == 0 or size > _MOST_STATE_BYTES or not sequences.can_be_cut(model):
+        if self.section.epochs == 1 or not sequences.can_be_cut(model, first):
             return None
+        frozen = FrozenPrefix(first_block=first)
         pad_id = self.lab.local.tokenizer.pad_token_id
         batches = sequences.micro_batches(examples, max_batch_tokens=self.section.micro_batch_tokens, pad_id=pad_id)
-        parts = self.lab.side_by_side(lambda batch: sequences.frozen_states(model, batch, first), batches)
-        return FrozenPrefix(first_block=first, states={key: state for part in parts for key, state in part.items()})
+        self.lab.side_by_side(lambda batch: frozen.entering(model, batch), batches)
+        return frozen
 
     def _gradients(
         self, model: Any, frozen: FrozenPrefix | None, weights: list[Any], chosen: Sequence[Any], pad_id: int

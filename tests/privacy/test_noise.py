@@ -66,7 +66,7 @@ def check_sampling(drawn: np.ndarray, count: int, rate: float) -> None:
 @SOURCES
 def test_normals_have_the_right_scale_and_law(make: Callable[[], NoiseSource]) -> None:
     values = make().normal((COUNT // 100, 100))
-    assert values.dtype == np.float32
+    assert values.dtype == np.float64
     assert values.shape == (COUNT // 100, 100)
     flat = values.ravel().astype(np.float64)
     check_scale(flat, 1.0)

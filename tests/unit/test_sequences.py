@@ -218,8 +218,10 @@ def _top_only(frozen: FrozenModel, seed: int) -> Any:
 def test_losses_over_frozen_states_are_the_losses(frozen: FrozenModel, examples: list[TokenSequence]) -> None:
     model = _top_only(frozen, 3)
     whole = micro_batches(examples, max_batch_tokens=10_000, pad_id=0)
-    states = {key: row for batch in whole for key, row in frozen_states(model, batch, 1).items()}
-    prefix = FrozenPrefix(first_block=1, states=states)
+    prefix = FrozenPrefix(first_block=1)
+    for batch in whole:
+        prefix.entering(model, batch)
+    assert len(prefix.states) == len(examples)
 
     for batch in micro_batches(examples, max_batch_tokens=80, pad_id=0):
         plain, cached = example_losses(model, batch), example_losses(model, batch, prefix)
@@ -230,7 +232,8 @@ def test_frozen_states_of_another_block_are_noticed(frozen: FrozenModel, example
     """The twin: states taken at the wrong depth give other losses, so the test above can fail."""
     model = _top_only(frozen, 3)
     batch = micro_batches(examples, max_batch_tokens=10_000, pad_id=0)[0]
-    wrong = FrozenPrefix(first_block=1, states=frozen_states(model, batch, 0))
+    states = frozen_states(model, batch, 0)
+    wrong = FrozenPrefix(first_block=1, states={id(k): states[n, : len(k.ids)] for n, k in enumerate(batch.keys)})
 
     assert example_losses(model, batch, wrong).tolist() != pytest.approx(
         example_losses(model, batch).tolist(), rel=1e-3

@@ -1,0 +1,141 @@
+"""DP-AdamW on LoRA factors: the steps that every private adapter learner takes; learners say which factors move.
+
+    sample units -> clipped sum -> noise on the sum -> public normaliser -> AdamW
+
+Per step: Poisson-sample units at the public rate, clip each one's gradient jointly over all trained factors, add
+Gaussian noise to the sum, divide by the public expected batch, take an AdamW step. The number of steps is a public
+constant; an empty sample is a step of noise alone. Optimizer state is fresh in every round and made of noised
+gradients only; nothing else of a step leaves this function.
+
+A privacy unit that is a column with up to k rows is sampled as a whole, and each of its rows is clipped to C / k:
+the unit's contribution stays within C.
+
+Source: Abadi et al. 2016 (1607.00133) with AdamW on the noised mean (McMahan et al. 2018, 1812.06210); ours differs in
+the public normaliser and step count, which theirs derive from the data, and in noise on a lattice
+(`fl_app.privacy.gaussian`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from clients.per_example import Engine, clipped_sum, trained
+from clients.units import Learns, encoded_units
+from fl_app import lora, sequences
+from fl_app.config import Section
+from fl_app.errors import PolicyRefusal
+from fl_app.privacy import gaussian
+from fl_app.types import AdapterRelease, DpReceipt, PoissonGaussian
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from clients.private_rows import PrivateRows
+    from clients.stages import PublicConstants, Workbench
+    from fl_app.sequences import TokenSequence
+    from fl_app.types import Adapter
+
+
+class DpStepsSection(Section):
+    """What the sections of all private adapter learners share.
+
+    `micro_batch_tokens` splits the work and changes no result; `engine` chooses who forms per-example gradients.
+    """
+
+    steps: Annotated[int, Field(ge=1, le=1_000_000)]
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    micro_batch_tokens: Annotated[int, Field(ge=16)] = 512
+    learns: Learns = "instruction"
+    engine: Engine = "fused"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpAdapterLearner:
+    """A `Learner` that moves the factors named by `trains` and leaves the others as they came, to the bit."""
+
+    section: DpStepsSection
+    trains: tuple[Literal["a", "b"], ...]
+    release_kind: str = "adapter"
+    private: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps of one round."""
+        return self.section.steps
+
+    @property
+    def clip_norm(self) -> float:
+        """L2 bound on one unit's contribution to one step."""
+        return self.section.clip_norm
+
+    def announce(self, constants: PublicConstants, noise_multiplier: float) -> DpReceipt:
+        """Return the receipt of one round."""
+        event = PoissonGaussian(
+            noise_multiplier=noise_multiplier,
+            sample_rate=constants.sample_rate,
+            steps=self.section.steps,
+            clip_norm=self.section.clip_norm,
+        )
+        return DpReceipt(event=event, unit=constants.unit)
+
+    def __call__(
+        self, rows: PrivateRows, start: Adapter, receipt: DpReceipt | None, constants: PublicConstants, bench: Workbench
+    ) -> AdapterRelease:
+        """Return the trained adapter.
+
+        Guarantee: `receipt`, for units of `constants.unit`, under add-or-remove of one unit.
+        Raises: PolicyRefusal when the receipt is not one that this learner announced.
+        """
+        event = receipt.event if receipt else None
+        if not isinstance(event, PoissonGaussian) or receipt != self.announce(constants, event.noise_multiplier):
+            raise PolicyRefusal(f"receipt {receipt} was not announced by this learner")
+        units = encoded_units(rows, self.section.learns, constants, bench)
+        model = lora.attach(bench.model, start)
+        for name, weight in lora.parameters(model).items():
+            weight.requires_grad_(name.rsplit(".", 1)[-1] in self.trains)
+        self._descend(model, units, event, constants, bench)
+        del units
+        return AdapterRelease(adapter=lora.read(model, alpha=start.alpha, base=start.base))
+
+    def _descend(
+        self,
+        model: Any,
+        units: Sequence[tuple[TokenSequence, ...]],
+        event: PoissonGaussian,
+        constants: PublicConstants,
+        bench: Workbench,
+    ) -> None:
+        """Take the receipt's steps."""
+        import torch
+
+        weights = trained(model)
+        first_block = sequences.first_adapted_block(weights)
+        frozen = sequences.FrozenPrefix(first_block=first_block) if sequences.can_be_cut(model, first_block) else None
+        optimizer = torch.optim.AdamW(
+            weights.values(), lr=self.section.learning_rate, weight_decay=self.section.weight_decay, fused=True
+        )
+        for _ in range(event.steps):
+            sampled = bench.noise.poisson_sample(len(units), event.sample_rate)
+            summed = clipped_sum(
+                model,
+                [example for index in sampled for example in units[int(index)]],
+                clip_norm=gaussian.usable_clip(event.clip_norm) / constants.max_rows_per_unit,
+                max_batch_tokens=self.section.micro_batch_tokens,
+                pad_id=bench.model.tokenizer.pad_token_id,
+                engine=self.section.engine,
+                frozen=frozen,
+            )
+            noisy = gaussian.release(
+                summed.tensors, clip_norm=event.clip_norm, noise_multiplier=event.noise_multiplier, noise=bench.noise
+            )
+            del sampled, summed
+            for weight, total in zip(weights.values(), noisy, strict=True):
+                weight.grad = torch.from_numpy((total / constants.expected_batch).astype(np.float32))
+            optimizer.step()

@@ -1,0 +1,132 @@
+"""A LoRA layer as one node of the graph: frozen map plus low rank, and a backward that hands its factors to a sink.
+
+    out = x W' + bias + s * (x A') B'            (' is transposed, s = alpha / r)
+    u = s * g B;   dx = g W + u A;   dA = u' x;   dB = s * g' (x A')
+
+PEFT builds the same from six modules, adds their outputs, and saves an activation for each. One node needs no sum of
+its own and keeps x and x A' alone. What becomes of the factors' gradients is the caller's business: a `Sink` gets the
+four matrices they are products of, so that a learner can form them per row and a tuner for the batch.
+
+Legend of shapes: B = rows, T = padded length, N = B * T, I and O = inputs and outputs, r = rank.
+Source: Hu et al. 2021 (LoRA, 2106.09685), equation 3; the outer-product form of per-example gradients is Goodfellow
+2015 (1510.01799). Ours differs from PEFT 0.21 in the graph only; tests hold it to PEFT's outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fl_app import lora
+from fl_app.errors import AdapterMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoraLayer:
+    """One adapted map. `name` is its path in the base model; `transposed`: GPT-2's Conv1D, whose weight is (I, O)."""
+
+    name: str
+    weight: Any
+    bias: Any
+    a: Any
+    b: Any
+    scaling: float
+    transposed: bool
+
+
+class Sink(Protocol):
+    """Where the gradients of a layer's factors go, once per call of the layer in a forward pass."""
+
+    def __call__(self, layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
+        """Take the parts: dA of row i is u_i' x_i, dB of row i is slope_i' low_i (low = s * x A')."""
+        ...
+
+
+@contextmanager
+def fused(model: Any, sink: Sink) -> Generator[dict[str, LoraLayer]]:
+    """Let every LoRA layer of a PEFT model run as one node that reports to `sink`; yield the layers by name.
+
+    Guarantee: outputs and gradients equal PEFT's up to rounding; factors get no `.grad` by themselves; on leaving,
+    the model is what it was.
+    Raises: AdapterMismatch for a layer that is not plain LoRA (dropout, DoRA, bias, several adapters).
+    """
+    modules = {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", {})}
+    layers = {module: _layer(name.removeprefix(lora.PEFT_PREFIX), module) for name, module in modules.items()}
+    node = _node()
+
+    def forward_of(layer: LoraLayer) -> Any:
+        def forward(x_BTI: Any, *_: Any, **__: Any) -> Any:
+            return node.apply(x_BTI, layer.a, layer.b, layer, sink)
+
+        return forward
+
+    try:
+        for module, layer in layers.items():
+            module.forward = forward_of(layer)
+        yield {layer.name: layer for layer in layers.values()}
+    finally:
+        for module in layers:
+            module.__dict__.pop("forward", None)
+
+
+def _layer(name: str, module: Any) -> LoraLayer:
+    """Return a PEFT module as a value. Raises: AdapterMismatch."""
+    import torch
+
+    a, b, base = module.lora_A[ADAPTER], module.lora_B[ADAPTER], module.base_layer
+    dropout = module.lora_dropout[ADAPTER]
+    plain = isinstance(dropout, torch.nn.Identity) and a.bias is None and b.bias is None
+    if not plain or module.use_dora.get(ADAPTER) or len(module.lora_A) != 1 or module.merged:
+        raise AdapterMismatch(f"{name} is not plain LoRA (dropout 0, no DoRA, no bias, one adapter, not merged)")
+    transposed = type(base).__name__ == "Conv1D"
+    if not transposed and not isinstance(base, torch.nn.Linear):
+        raise AdapterMismatch(f"{name} is a {type(base).__name__}; LoRA is trained on Linear and Conv1D only")
+    return LoraLayer(
+        name=name,
+        weight=base.weight,
+        bias=base.bias,
+        a=a.weight,
+        b=b.weight,
+        scaling=float(module.scaling[ADAPTER]),
+        transposed=transposed,
+    )
+
+
+@functools.cache
+def _node() -> Any:
+    import torch
+
+    class LoraNode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x_BTI: Any, a_rI: Any, b_Or: Any, layer: LoraLayer, sink: Sink) -> Any:
+            x_NI = x_BTI.reshape(-1, x_BTI.shape[-1])
+            a_rI, b_rO = a_rI.to(x_NI.dtype), b_Or.t().to(x_NI.dtype).contiguous()
+            weight_IO = layer.weight if layer.transposed else layer.weight.t()
+            out_NO = x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias, x_NI, weight_IO)
+            low_Nr = (x_NI @ a_rI.t()).mul_(layer.scaling)
+            out_NO.addmm_(low_Nr, b_rO)
+            ctx.save_for_backward(x_BTI, low_Nr, a_rI, b_rO, weight_IO)
+            ctx.layer, ctx.sink = layer, sink
+            return out_NO.view(*x_BTI.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx: Any, *slopes: Any) -> Any:
+            x_BTI, low_Nr, a_rI, b_rO, weight_IO = ctx.saved_tensors
+            slope_BTO = slopes[0]
+            slope_NO = slope_BTO.reshape(-1, slope_BTO.shape[-1])
+            u_Nr = (slope_NO @ b_rO.t()).mul_(ctx.layer.scaling)
+            rows = x_BTI.shape[:-1]
+            ctx.sink(ctx.layer, x_BTI, low_Nr.view(*rows, -1), u_Nr.view(*rows, -1), slope_NO.view(*rows, -1))
+            dx_BTI = None
+            if ctx.needs_input_grad[0]:
+                dx_BTI = (slope_NO @ weight_IO.t()).addmm_(u_Nr, a_rI).view_as(x_BTI)
+            return dx_BTI, None, None, None, None
+
+    return LoraNode
