@@ -57,6 +57,7 @@ class _Limits(Section):
     release_kinds: list[Literal["adapter", "vector", "histogram"]]
     base_models: list[str] = Field(default_factory=list)
     simulation: bool = False
+    non_private: bool = False
 
 
 class SitePolicy(Section):
@@ -64,7 +65,8 @@ class SitePolicy(Section):
 
     `composition`: "renyi_filter" where later runs may be chosen after looking at what earlier ones released; it costs
     5 to 15 % more noise (more where few steps at a low rate are planned), and a ledger once held by a filter stays so.
-    "fixed_schedule" is right for plans made ahead.
+    "fixed_schedule" is right for plans made ahead. `non_private`: whether a learner without noise may run, after which
+    this ledger never certifies anything again.
     """
 
     site: _Site

@@ -36,6 +36,7 @@ from fl_app.errors import (
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.calibrate import noise_multiplier
 from fl_app.privacy.chain import Committed, Reserved
+from fl_app.privacy.events import no_noise
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.seeds import stream
@@ -159,7 +160,9 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         return resend
 
     renyi = _filter(policy, ledger)
-    receipt, budget = _announced(policy, ledger, renyi, learner, broadcast, shared, asked)
+    receipt, budget = None, math.inf
+    if learner.private:
+        receipt, budget = _announced(policy, ledger, renyi, learner, broadcast, shared, asked)
     frozen = models.load(shared.model.name, shared.model.dtype)
     lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
     codes = _codes(site.directory)
@@ -170,7 +173,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     reservation = ledger.reserve(
         run=broadcast.run,
         round_number=broadcast.round,
-        receipts=[receipt],
+        receipts=[receipt or no_noise(policy.privacy.unit)],
         epsilon=budget,
         delta=policy.privacy.delta,
         renyi=renyi,
@@ -195,7 +198,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         site=policy.site.name,
         round=broadcast.round,
         release=release,
-        receipts=(receipt,),
+        receipts=(receipt,) if receipt else None,
         spent=ledger.spent(policy.privacy.delta),
     )
 
@@ -205,6 +208,8 @@ def _check_policy(policy: SitePolicy, learner: Learner, broadcast: Broadcast, sh
     limits = policy.limits
     if learner.release_kind not in limits.release_kinds:
         raise PolicyRefusal(f"release kind {learner.release_kind!r} is not allowed; site.toml: {limits.release_kinds}")
+    if not learner.private and not limits.non_private:
+        raise PolicyRefusal("a learner without noise is asked; site.toml: limits.non_private = false")
     if learner.steps > limits.max_steps_per_round:
         raise PolicyRefusal(f"{learner.steps} steps a round asked, at most {limits.max_steps_per_round} allowed")
     if shared.run.rounds > limits.max_rounds or broadcast.round > shared.run.rounds:
@@ -279,6 +284,7 @@ def _announced(
             f"{policy.limits.min_noise_multiplier}; start a new run"
         )
     receipt = learner.announce(policy.public_constants(), multiplier)
+    assert receipt is not None  # the learner is private
     if not (total := pld.epsilon([*ledger.receipts(), receipt], delta)) <= budget:
         raise BudgetSpent(
             f"run {broadcast.run} round {broadcast.round} would reach epsilon {total:.4g} of {budget:.4g}"
@@ -290,6 +296,7 @@ def _announced(
 
 def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast) -> Upload | None:
     """Return the upload of this run and round from the outbox, when the ledger says that it was made."""
+    open_entry = (no_noise(policy.privacy.unit),)
     entries = ledger.entries()
     made = {entry.id: entry.sha256 for entry in entries if isinstance(entry, Committed)}
     for entry in reversed(entries):
@@ -302,7 +309,7 @@ def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast
                 site=policy.site.name,
                 round=broadcast.round,
                 release=release,
-                receipts=entry.receipts,
+                receipts=None if entry.receipts == open_entry else entry.receipts,
                 spent=ledger.spent(policy.privacy.delta),
             )
     return None

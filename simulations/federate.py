@@ -149,10 +149,12 @@ class PolicyTemplate(Section):
     release_kinds: Annotated[tuple[ReleaseKind, ...], Field(strict=False)] = ("adapter",)
     base_models: Annotated[tuple[str, ...], Field(strict=False)] = ()
     simulation: bool = True
+    composition: Literal["fixed_schedule", "renyi_filter"] = "fixed_schedule"
+    non_private: bool = False
 
 
 TABLES: dict[str, tuple[str, ...]] = {
-    "privacy": ("epsilon", "delta", "unit", "max_rows_per_unit"),
+    "privacy": ("epsilon", "delta", "unit", "max_rows_per_unit", "composition"),
     "constants": ("sample_rate", "expected_batch", "max_tokens"),
     "limits": (
         "min_noise_multiplier",
@@ -162,6 +164,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "release_kinds",
         "base_models",
         "simulation",
+        "non_private",
     ),
 }
 """The tables of site.toml and the keys of the template that stand in them, in order."""

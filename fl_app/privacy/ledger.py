@@ -58,7 +58,7 @@ from fl_app.privacy.chain import (
     seal,
     to_entry,
 )
-from fl_app.privacy.events import check_together, receipt_to_dict
+from fl_app.privacy.events import check_together, no_noise, receipt_to_dict
 from fl_app.privacy.renyi_filter import settle
 from fl_app.privacy.statement import of_receipts
 
@@ -120,17 +120,18 @@ class Ledger:
     ) -> Reservation:
         """Spend `receipts` if everything ever reserved plus them stays within `epsilon` at `delta` by PLD.
 
+        An infinite `epsilon` admits `events.no_noise` and nothing else; nothing finite fits afterwards.
+
         With `renyi`, as `filter` gave it, everything ever reserved must also be admitted by that filter, and the ledger
         is held by it from now on. `epsilon` may then be less than the filter's: a cap on the pace, not the promise.
 
-        Reserving the same run and round again costs again: the earlier one may have released something.
-
+        The same run and round cost again: the earlier reservation may have released something.
         Guarantee: when this returns, the spending is on disk; when it raises BudgetSpent, nothing was written.
         Raises: BudgetSpent; LedgerCorrupt; LedgerRefusal for no receipts, a foreign unit, an unknown event, a
         non-finite budget, a filter that is not this ledger's or none where there is one, or a disk that cannot be
         written (then it may count as spent, and nothing was released).
         """
-        if not 0 < epsilon < float("inf"):
+        if not 0 < epsilon < float("inf") and tuple(receipts) != (no_noise(self._unit),):
             raise LedgerRefusal(f"budget epsilon = {epsilon!r} must be positive and finite")
         if not round_number >= 0:
             raise LedgerRefusal(f"round {round_number!r} is not a round")

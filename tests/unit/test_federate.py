@@ -183,7 +183,13 @@ def test_site_toml_has_exactly_the_agreed_keys(tmp_path: Path) -> None:
     trees = [tomllib.loads((s.directory / "site.toml").read_text(encoding="utf-8")) for s in federation.sites]
     assert trees[0] == {
         "site": {"name": "site-0"},
-        "privacy": {"epsilon": 8.0, "delta": 1e-5, "unit": "record", "max_rows_per_unit": 1},
+        "privacy": {
+            "epsilon": 8.0,
+            "delta": 1e-5,
+            "unit": "record",
+            "max_rows_per_unit": 1,
+            "composition": "fixed_schedule",
+        },
         "constants": {"sample_rate": 0.05, "expected_batch": 64, "max_tokens": 96},
         "limits": {
             "min_noise_multiplier": 0.3,
@@ -193,6 +199,7 @@ def test_site_toml_has_exactly_the_agreed_keys(tmp_path: Path) -> None:
             "release_kinds": ["adapter"],
             "base_models": [],
             "simulation": True,
+            "non_private": False,
         },
     }
     assert trees[1]["privacy"]["epsilon"] == 2.0

@@ -14,7 +14,7 @@ import pytest
 
 from clients import local_round
 from clients.config import read_client
-from clients.learners.dp_lora import DpLoraLearner
+from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
 from fl_app import inference, lora, models, wire
 from fl_app.config import shared
@@ -110,7 +110,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     places: dict[str, tuple[Any, str]] = {
         "rows": (local_round, "read_private_rows"),
         "model": (models, "load"),
-        "learner": (DpLoraLearner, "__call__"),
+        "learner": (DpAdapterLearner, "__call__"),
         "noise": (local_round, "_noise"),
         "calibration": (local_round, "noise_multiplier"),
     }
@@ -238,7 +238,7 @@ def test_a_round_that_died_is_spent_and_paid_again(
     site_folder.policy(limits=SEARCH)
     told = settings(rounds=2, epsilon=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(DpLoraLearner, "__call__", lambda *_: 1 / 0)
+        patch.setattr(DpAdapterLearner, "__call__", lambda *_: 1 / 0)
         refused(site, ask(site, broadcast(start), told), "internal", "ZeroDivisionError")
     lost = ledger_of(site).receipts()
     assert len(lost) == 1
@@ -337,7 +337,7 @@ def test_what_a_library_says_about_a_row_stays_here(
     def quotes(*_: Any) -> Any:
         raise ValueError(f"cannot tokenize {SECRET!r}")
 
-    monkeypatch.setattr(DpLoraLearner, "__call__", quotes)
+    monkeypatch.setattr(DpAdapterLearner, "__call__", quotes)
     caplog.set_level(logging.DEBUG)
     answer = ask(site, broadcast(start), settings())
     refused(site, answer, "internal", SECRET)  # the site's own log may know
@@ -468,13 +468,13 @@ def test_the_mode_decides_the_noise(
     """A site serves one of the two: seeded spending may not be certified together with real spending."""
     site_folder.policy(limits={"simulation": mode == "simulation"})
     seen = []
-    plain = DpLoraLearner.__call__
+    plain = DpAdapterLearner.__call__
 
-    def watch(self: DpLoraLearner, *arguments: Any) -> Any:
+    def watch(self: DpAdapterLearner, *arguments: Any) -> Any:
         seen.append(arguments[-1].noise)
         return plain(self, *arguments)
 
-    monkeypatch.setattr(DpLoraLearner, "__call__", watch)
+    monkeypatch.setattr(DpAdapterLearner, "__call__", watch)
     uploaded(ask(site, broadcast(start), settings(mode=mode)))
     assert [type(noise) for noise in seen] == [kind]
 
@@ -500,14 +500,14 @@ def test_units_of_a_column_are_bounded_before_learning(
     site_folder.rows([json.dumps(row) for row in rows])
     site_folder.policy(privacy={"unit": "patient", "max_rows_per_unit": 2})
     seen = []
-    plain = DpLoraLearner.__call__
+    plain = DpAdapterLearner.__call__
 
-    def watch(self: DpLoraLearner, *arguments: Any) -> Any:
+    def watch(self: DpAdapterLearner, *arguments: Any) -> Any:
         seen.extend((row.instruction, row.unit) for row in arguments[0].examples)
         seen.append(arguments[3].max_rows_per_unit)
         return plain(self, *arguments)
 
-    monkeypatch.setattr(DpLoraLearner, "__call__", watch)
+    monkeypatch.setattr(DpAdapterLearner, "__call__", watch)
     upload = uploaded(ask(site, broadcast(start), settings()))
     assert seen == [("row 0", "a"), ("row 1", "a"), ("row 3", "b"), ("row 4", "b"), ("row 5", "c"), 2]
     assert [receipt.unit for receipt in upload.receipts or ()] == ["patient"]
