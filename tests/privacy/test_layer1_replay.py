@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 KINDS = private_kinds()
 UNITS = {"record": 1, "patient": 3}
-STEPS = 28
+STEPS = 14
 REL = 1e-5
 STILL = 1e-30
 """A learning rate that moves no float32 factor, so that every step is a first step."""
@@ -137,17 +137,18 @@ def check_sensitivity(base: Observed, more: Observed, drawn: np.ndarray) -> np.n
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("seed", [0, 1], ids=["pool", "second-pool"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_neighbour_moves_the_sum_by_the_clip_at_most(
-    kind: str, unit: str, frozen: FrozenModel, learned: Make
+    kind: str, unit: str, seed: int, frozen: FrozenModel, learned: Make
 ) -> None:
-    """In each of 4 combinations 10 extra units x 28 steps, nine tenths of them with the unit: 1,000 neighbours."""
+    """In each of 8 combinations 10 extra units x 14 steps, nine tenths of them with the unit: 1,000 neighbours."""
     shares: dict[str, np.ndarray] = {}
-    for name, base, more, drawn in neighbours(kind, unit, 0, frozen, learned(5)):
+    for name, base, more, drawn in neighbours(kind, unit, seed, frozen, learned(5)):
         check_alike(base, more)
         shares[name] = check_sensitivity(base, more, drawn)
-    assert sum(map(len, shares.values())) >= 250
+    assert sum(map(len, shares.values())) >= 125
     # Not vacuous: the clip is reached, by a whole unit as by a row; a row that is not finite adds nothing at all.
     assert 0.99 < max(map(max, shares.values())) <= 1 + REL
     assert set(shares["infinite"]) == {0.0}
@@ -165,6 +166,39 @@ def test_nobody_and_somebody_are_neighbours_too(kind: str, frozen: FrozenModel, 
     check_sensitivity(base, more, np.ones(STEPS, bool))
     assert not base.sums.any()
     assert base.seen.any(axis=1).all()
+
+
+def check_post_processing(found: Observed, start: Adapter, kind: str, **options: float) -> None:
+    """The release is, to the bit, what AdamW makes of the start and of what was seen, and of nothing else."""
+    import torch
+
+    factors = {f"{name}.{f}": getattr(layer, f) for name, layer in sorted(start.layers.items()) for f in ("a", "b")}
+    released = {f"{n}.{f}": getattr(layer, f) for n, layer in found.release.layers.items() for f in ("a", "b")}
+    moving = {name: torch.nn.Parameter(torch.tensor(factors[name])) for name in factors if moves(kind, name)}
+    optimizer = torch.optim.AdamW(moving.values(), lr=options["learning_rate"], weight_decay=0.0, fused=True)
+    for seen in found.seen / EXPECTED:
+        parts = np.split(seen, np.cumsum([weight.numel() for weight in moving.values()])[:-1])
+        for weight, part in zip(moving.values(), parts, strict=True):
+            weight.grad = torch.from_numpy(part.astype(np.float32)).view_as(weight)
+        optimizer.step()
+    for name, values in factors.items():
+        expected = moving[name].detach().numpy() if name in moving else values
+        assert np.array_equal(released[name], expected), name
+
+
+def moves(kind: str, factor: str) -> bool:
+    return kind != "dp_ffa_lora" or factor.endswith(".b")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_release_is_made_of_noised_sums_alone(kind: str, frozen: FrozenModel, learned: Make) -> None:
+    options = {"learning_rate": 1e-2}
+    learner = build(kind, steps=5, clip_norm=CLIP, **options)
+    noise = Recording(decisions=[[0, 1, 2]] * 5, rng=np.random.default_rng(0))
+    found = observe(learner, rows_of([["one"], ["two"], ["three"]]), noise, frozen=frozen, start=learned(5))
+    check_post_processing(found, learned(5), kind, **options)
+    with pytest.raises(AssertionError):  # the twin: another start, as if a sum had been added past the optimizer
+        check_post_processing(found, learned(6), kind, **options)
 
 
 def without_clip(total: np.ndarray, rows: Any, *_: Any) -> None:

@@ -144,7 +144,7 @@ def test_a_person_with_more_rows_leaves_the_same_behind(both: Any, learned: Make
 
 
 @pytest.mark.parametrize("twin", ["loss in the log", "rows in the reply", "a file", "printed"])
-def test_whatever_tells_them_apart_is_seen(
+def test_whatever_tells_them_apart_is_caught(
     twin: str, both: Any, learned: Make, caplog: Any, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = both(*NEIGHBOURS["one more"])
