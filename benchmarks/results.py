@@ -1,7 +1,7 @@
-"""Collects figures of finished runs into `results.jsonl` and makes `docs/results.md` from that file.
+"""Collects figures of finished runs into `results.jsonl` and makes pages of `docs/` from that file.
 
     python benchmarks/results.py add runs/<id> [runs/<id> ...]    append one line per run, with the commit
-    python benchmarks/results.py table                            write docs/results.md
+    python benchmarks/results.py table                            write docs/results.md and docs/audit.md
 
 Figures are never typed into the documentation; a line here is the only way in.
 """
@@ -20,6 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 PAGE = ROOT / "docs" / "results.md"
+AUDIT_PAGE = ROOT / "docs" / "audit.md"
 NAMES = {
     "base": "base model",
     "start": "start (public warm start)",
@@ -82,6 +83,72 @@ def table() -> str:
     return "\n".join(page) + "\n"
 
 
+def audit_page() -> str:
+    """Return the page of the last audit: what was proved, how far such a proof reaches, and who killed each mutant."""
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line.strip()]
+    audits = [line for line in lines if line["kind"] == "audit"]
+    page = [
+        "# Audit of the DP engine",
+        "",
+        "Made by `python benchmarks/results.py table` from the last line that `make audit` left in",
+        "`benchmarks/results.jsonl`. The layers are `tests/privacy/test_layer*.py`; mutants are mistakes planted in",
+        "copies of our own source (`benchmarks/mutants.toml`), and each has a layer that must see it.",
+        "",
+    ]
+    return "\n".join([*page, *(_audit(audits[-1]) if audits else ["No audit has been recorded yet."])]) + "\n"
+
+
+def _audit(last: dict[str, Any]) -> list[str]:
+    told = last["setting"]
+    summary = (
+        f"Commit {last['commit']}, {last['seconds']} seconds on two cores. Mutants killed by the layer that must: "
+        f"{last['mutants_killed']} of {last['mutants']}. Without a mutant all layers pass: "
+        f"{'yes' if last['control_passes'] else 'NO'}."
+    )
+    setting = (
+        f"{told['canaries']} canaries, {told['coordinates']} coordinates, delta {told['delta']:g}, significance "
+        f"{told['significance']:g}, {' or '.join(map(str, told['guesses']))} guesses. View: {told['view']}. With every "
+        f"guess right the bound would be {last['ceiling']:.2f}: nothing above that can be proved this way, and nothing "
+        "here speaks for a claim above 2."
+    )
+    claims = [
+        f"| {claim} | {one['runs']} | {one['lower_bound_mean']:.2f} | {one['lower_bound_max']:.2f} | "
+        f"{one['accuracy_mean']:.1%} |"
+        for claim, one in last["by_claim"].items()
+    ]
+    power = [
+        f"| {fault} | {one['caught']} of {one['runs']} | {one['lower_bound_mean']:.2f} |"
+        for fault, one in last["power"].items()
+    ]
+    mutants = [
+        f"| {one['mutant']} | {one['layer'] or 'nobody'} | `{one['test']}` |"
+        for one in sorted(last["verdicts"], key=lambda one: one["layer"])
+    ]
+    return [
+        summary,
+        "",
+        "## One-run audit",
+        "",
+        setting,
+        "",
+        "| claimed epsilon | runs | lower bound, mean | largest | canaries guessed right |",
+        "|---|---|---|---|---|",
+        *claims,
+        "",
+        f"Power at a claim of {last['claimed']:g}: how often the bound exceeds it.",
+        "",
+        "| engine | caught | lower bound, mean |",
+        "|---|---|---|",
+        *power,
+        "",
+        "## Mutants",
+        "",
+        "| mistake planted in our source | killed by layer | first test that failed |",
+        "|---|---|---|",
+        *mutants,
+    ]
+
+
 def _section(runs: list[dict[str, Any]]) -> list[str]:
     latest = list({run["seed"]: run for run in runs}.values())
     metrics = [metric for metric in METRICS if any(metric in run["exam"].get("base", {}) for run in latest)]
@@ -142,6 +209,7 @@ def main() -> int:
     else:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(table(), encoding="utf-8")
+        AUDIT_PAGE.write_text(audit_page(), encoding="utf-8")
     return 0
 
 
