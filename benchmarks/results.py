@@ -101,8 +101,9 @@ def audit_page() -> str:
 def _audit(last: dict[str, Any]) -> list[str]:
     told = last["setting"]
     summary = (
-        f"Commit {last['commit']}, {last['seconds']} seconds on two cores. Mutants killed by the layer that must: "
-        f"{last['mutants_killed']} of {last['mutants']}. Without a mutant all layers pass: "
+        f"Commit {last['commit']}, {last['cpu_seconds']} seconds of processor time ({last['seconds']} by the clock). "
+        f"Mutants killed by the layer that must: {last['mutants_killed']} of {last['mutants']}. "
+        "Without a mutant all layers pass: "
         f"{'yes' if last['control_passes'] else 'NO'}."
     )
     setting = (

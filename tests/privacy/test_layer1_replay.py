@@ -9,6 +9,7 @@ A check is a function here, so that each can be shown to fail: the twins break t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -285,9 +286,15 @@ def token_mean(model: Any, batch: Any, *rest: Any) -> Any:
     return LOSSES(model, batch, *rest) * counts / counts.clamp(min=1).sum()
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "float32 kept", "bfloat16 kept"])
 def model(request: pytest.FixtureRequest, learned: Make) -> Any:
-    return lora.attach(models.load("tiny-random", request.param), learned(7))
+    """Both types; and a model with nothing trained in its first block, whose states are then computed once and kept."""
+    dtype, _, kept = request.param.partition(" ")
+    adapter = learned(7)
+    if kept:
+        upper = {name: factors for name, factors in adapter.layers.items() if ".1." in name}
+        adapter = dataclasses.replace(adapter, layers=upper)
+    return lora.attach(models.load("tiny-random", dtype), adapter)
 
 
 def some_examples(rng: np.random.Generator, lengths: Sequence[int]) -> list[TokenSequence]:
@@ -296,15 +303,21 @@ def some_examples(rng: np.random.Generator, lengths: Sequence[int]) -> list[Toke
     ]
 
 
-def summed(model: Any, examples: Sequence[TokenSequence], limit: int) -> np.ndarray:
-    found = clipped_sum(model, examples, clip_norm=CLIP, max_batch_tokens=limit, pad_id=0)
+def summed(model: Any, examples: Sequence[TokenSequence], limit: int, frozen: Any = None) -> np.ndarray:
+    found = clipped_sum(model, examples, clip_norm=CLIP, max_batch_tokens=limit, pad_id=0, frozen=frozen)
     return np.concatenate([tensor.ravel() for tensor in found.tensors])
 
 
 def check_isolation(model: Any, limit: int) -> None:
     """Rows of 2 to 40 tokens, alone and first and amid 1 to 24 others: the same bits go into the sum, and the
-    sum of float64 moves by what the row adds alone."""
+    sum of float64 moves by what the row adds alone. Frozen states are made in whichever company asks for them first."""
     rng = np.random.default_rng(limit)
+    first_block = sequences.first_adapted_block(per_example.trained(model))
+    assert sequences.can_be_cut(model, first_block) == (first_block > 0)
+
+    def fresh() -> Any:
+        return sequences.FrozenPrefix(first_block=first_block) if first_block else None
+
     added: set[bytes] = set()
     plain = per_example._add_clipped
 
@@ -318,15 +331,15 @@ def check_isolation(model: Any, limit: int) -> None:
             (own,) = some_examples(rng, [length])
             summed(model, [own], limit)  # an engine may try itself on other rows first
             added.clear()
-            alone = summed(model, [own], limit)
+            alone = summed(model, [own], limit, fresh())
             (bits,) = added
             for size in (1, 3, 24):
-                company = some_examples(rng, rng.integers(2, 41, size).tolist())
-                without = summed(model, company, limit)
+                company, frozen = some_examples(rng, rng.integers(2, 41, size).tolist()), fresh()
                 for place in {0, size // 2 + 1}:
                     added.clear()
-                    together = summed(model, [*company[:place], own, *company[place:]], limit)
+                    together = summed(model, [*company[:place], own, *company[place:]], limit, frozen)
                     assert bits in added
+                    without = summed(model, company, limit, frozen)
                     assert np.abs(together - without - alone).max() <= 2.0**-50 * np.abs(together).max()
 
 
