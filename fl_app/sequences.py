@@ -64,19 +64,20 @@ class FrozenPrefix:
     kept_bytes: int = 0
 
     def entering(self, model: Any, batch: MicroBatch) -> Any:
-        """Return the states that enter the first adapted block. Shape: (B, T, D); zeros on padding."""
+        """Return the states that enter the first adapted block. Shape: (B, T, D); zeros on padding.
+
+        Rows that were met before are not computed again.
+        """
         missing = [row for row, key in enumerate(batch.keys) if id(key) not in self.states]
-        computed_BTD = frozen_states(model, batch, self.first_block) if missing else None
-        rows: list[Any] = []
-        for row, key in enumerate(batch.keys):
-            state = self.states.get(id(key))
-            if state is None:
-                assert computed_BTD is not None
-                state = computed_BTD[row, : len(key.ids)].clone()
-                if self.kept_bytes + state.nbytes <= self.most_bytes:
-                    self.states[id(key)] = state
-                    self.kept_bytes += state.nbytes
-            rows.append(state)
+        fresh: dict[int, Any] = {}
+        if missing:
+            computed_MTD = frozen_states(model, batch, self.first_block, missing)
+            fresh = {row: computed_MTD[n, : len(batch.keys[row].ids)].clone() for n, row in enumerate(missing)}
+        for row, state in fresh.items():
+            if self.kept_bytes + state.nbytes <= self.most_bytes:
+                self.states[id(batch.keys[row])] = state
+                self.kept_bytes += state.nbytes
+        rows = [fresh[row] if row in fresh else self.states[id(key)] for row, key in enumerate(batch.keys)]
         height, width = batch.ids_BT.shape
         start_BTD = rows[0].new_zeros(height, width, rows[0].shape[1])
         for row, state in enumerate(rows):
@@ -89,13 +90,13 @@ def first_adapted_block(names: Iterable[str]) -> int:
     return min((next((int(part) for part in name.split(".") if part.isdigit()), 0) for name in names), default=0)
 
 
-def frozen_states(model: Any, batch: MicroBatch, first_block: int) -> Any:
-    """Return the hidden states of a micro-batch that enter block `first_block`. Shape: (B, T, D)."""
+def frozen_states(model: Any, batch: MicroBatch, first_block: int, rows: Sequence[int]) -> Any:
+    """Return the states of some rows of a micro-batch that enter block `first_block`. Shape: (len(rows), T, D)."""
     import torch
 
     with torch.no_grad():
         bottom = _blocks(model.get_base_model().get_decoder(), 0, first_block)
-        return bottom(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
+        return bottom(input_ids=batch.ids_BT[rows], attention_mask=batch.mask_BT[rows], use_cache=False)[0]
 
 
 def can_be_cut(model: Any, first_block: int) -> bool:

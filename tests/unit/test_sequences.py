@@ -232,7 +232,7 @@ def test_frozen_states_of_another_block_are_noticed(frozen: FrozenModel, example
     """The twin: states taken at the wrong depth give other losses, so the test above can fail."""
     model = _top_only(frozen, 3)
     batch = micro_batches(examples, max_batch_tokens=10_000, pad_id=0)[0]
-    states = frozen_states(model, batch, 0)
+    states = frozen_states(model, batch, 0, range(len(batch.keys)))
     wrong = FrozenPrefix(first_block=1, states={id(k): states[n, : len(k.ids)] for n, k in enumerate(batch.keys)})
 
     assert example_losses(model, batch, wrong).tolist() != pytest.approx(

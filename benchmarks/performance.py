@@ -1,0 +1,119 @@
+"""`docs/performance.md` from the last `dp_step` line of `results.jsonl`: what a DP step costs, against what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import record
+
+NAMES = {
+    "opacus_hooks": "Opacus hooks",
+    "opacus_ghost": "Opacus ghost clipping",
+    "own_plain": "ours without clip and noise",
+    "own_dp": "**ours**",
+}
+
+
+def page() -> str:
+    """Return the page; without any measurement, a page that says so."""
+    lines = record.lines("dp_step")
+    head = [
+        "# Performance",
+        "",
+        "Made by `python benchmarks/results.py table` from the last `dp_step` lines of `benchmarks/results.jsonl`;",
+        "measured by `make bench-step` on two cores of an AMD EPYC (AVX-512, bf16), one torch thread per process.",
+        "Ratios of CPU seconds, variants interleaved step by step in one process: median [lowest, highest].",
+    ]
+    if not lines:
+        return "\n".join([*head, "", "Nothing measured yet."]) + "\n"
+    found = {part: line for line in lines for part in ("step", "memory", "round") if part in line}
+    sections = [*_steps(found), *_memory(found), *_round(found)]
+    return "\n".join([*head, *sections]) + "\n"
+
+
+def _steps(found: dict[str, Any]) -> list[str]:
+    if "step" not in found:
+        return []
+    line = found["step"]
+    step = line["step"]
+    names = list(NAMES)
+    rows = [
+        f"| {case} | 1 | "
+        + " | ".join(_span(one[f"{name}_over_peft"]) for name in names)
+        + f" | {_span(one['own_dp_over_own_plain'])} | {one['own_dp_tokens_per_s']:.0f} | "
+        f"{one['own_dp_share_of_peak']:.0%} |"
+        for case, one in step["cases"].items()
+    ]
+    columns = ["maps, rows x tokens", "peft", *NAMES.values()]
+    columns += ["ours / ours without privacy", "our tokens/s", "share of GEMM peak"]
+    narrow = step["bfloat16"]
+    peak = step["gemm_peak_gflops"]
+    return [
+        "",
+        "## One step",
+        "",
+        f"{line['model']}, LoRA of rank 8 on q and v or on all seven linear maps, float32, every token but the first",
+        "carries loss, AdamW in every variant; peft is the yardstick and is *not* private.",
+        f"Commit {line['commit']}, {line['repeats']} turns.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *rows,
+        "",
+        f"Measured peak of square products: {peak['float32']:.0f} GFLOP/s in float32, {peak['bfloat16']:.0f} in",
+        "bfloat16; the share counts the products of our own step (torch's flop counter).",
+        f"All maps, 8x128, bfloat16: ours / peft in float32 {_span(narrow['own_dp_bf16_over_peft'])}, ours / peft in",
+        f"bfloat16 {_span(narrow['own_dp_bf16_over_peft_bf16'])}, {narrow['own_dp_tokens_per_s']:.0f} tokens/s,",
+        f"{narrow['own_dp_share_of_peak']:.0%} of the peak.",
+    ]
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    if "memory" not in found:
+        return []
+    line = found["memory"]
+    names = list(NAMES)
+    return [
+        "",
+        "## Peak memory",
+        "",
+        f"Largest resident megabytes of a process that takes two such steps. Commit {line['commit']}.",
+        "",
+        f"| maps, rows x tokens | peft | {' | '.join(NAMES[name] for name in names)} |",
+        f"|{'---|' * (len(names) + 2)}",
+        *(
+            f"| {case} | {peaks['peft']:,} | {' | '.join(f'{peaks[name]:,}' for name in names)} |"
+            for case, peaks in line["memory"].items()
+        ),
+    ]
+
+
+def _round(found: dict[str, Any]) -> list[str]:
+    if "round" not in found:
+        return []
+    line = found["round"]
+    one = line["round"]
+    first = one["seconds"]["opacus hooks"]
+    rows = [
+        f"| {rung} | {seconds:.1f} | {one['gain'].get(rung, 1.0):.2f} | {first / seconds:.2f} |"
+        for rung, seconds in one["seconds"].items()
+    ]
+    return [
+        "",
+        "## A site's whole round, one idea at a time",
+        "",
+        f"{one['letters']} letters of the embedded corpus (mean {one['mean_tokens']} tokens,",
+        f"{one['loss_share']:.0%} of them carry loss), 8 Poisson steps at rate 1/4, LoRA on all linear maps of the",
+        f"upper third. The kernel check is made once per process and costs {one['kernel_check_s']:.1f} s; the speed-up",
+        f"pays for it in full. Commit {line['commit']}.",
+        "",
+        "| | CPU seconds | gain of this idea | against the first |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        f"Whole round with everything on against peft's layers with Opacus' hooks: **{_span(one['speedup'])}x**.",
+    ]
+
+
+def _span(one: dict[str, float]) -> str:
+    return f"{one['median']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
