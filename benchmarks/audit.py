@@ -244,21 +244,18 @@ def show(verdicts: list[Verdict]) -> None:
         print(f"{verdict.mutant.name:{width}}  {verdict.seconds:5.0f} s  {killer}{note}")
 
 
-def judge_all(mutants: list[Mutant]) -> list[Verdict]:
-    """Judge the mutants on one copy of the tree per job."""
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
-        copies = [Path(folder) / str(job) for job in range(JOBS)]
-        for copy in copies:
-            copy_tree(copy)
-        free = list(copies)
+def judge_all(mutants: list[Mutant], copies: list[Path]) -> list[Verdict]:
+    """Judge the mutants, each on a copy of the tree that no other is using."""
+    free = list(copies)
 
-        def on_a_copy(mutant: Mutant) -> Verdict:
-            copy = free.pop()
-            try:
-                return judge(mutant, copy)
-            finally:
-                free.append(copy)
+    def on_a_copy(mutant: Mutant) -> Verdict:
+        copy = free.pop()
+        try:
+            return judge(mutant, copy)
+        finally:
+            free.append(copy)
 
+    with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
         return list(pool.map(on_a_copy, mutants))
 
 
@@ -274,37 +271,45 @@ def main() -> int:
         print(json.dumps(figures, sort_keys=True))
         return 0 if figures["passed"] else 1
 
-    began = time.monotonic()
     mutants = [mutant for mutant in read_mutants() if arguments.only in mutant.name]
-    if arguments.only:
-        verdicts = judge_all(mutants)
-        show(verdicts)
-        return 0 if all(verdict.right for verdict in verdicts) else 1
+    with tempfile.TemporaryDirectory() as folder:
+        copies = [Path(folder) / str(job) for job in range(JOBS)]
+        for copy in copies:  # of one moment: the tree may change while this runs
+            copy_tree(copy)
+        if not arguments.only:
+            return full(mutants, copies)
+        verdicts = judge_all(mutants, copies)
+    show(verdicts)
+    return 0 if all(verdict.right for verdict in verdicts) else 1
 
+
+def full(mutants: list[Mutant], copies: list[Path]) -> int:
+    """Run everything, record it, and return the exit code."""
+    import record  # beside this file; `benchmarks` is also a package that Opacus installs
+
+    began, commit = time.monotonic(), record.commit()
     files = [file for files in LAYERS.values() for file in files]
-    output, code = run_layers(ROOT, files, "-n", str(JOBS), "--dist", "loadfile")
-    print(f"the layers on this tree, in full: {output.strip().splitlines()[-1]}")
+    output, code = run_layers(copies[0], files, "-n", str(JOBS), "--dist", "loadfile")
+    print(f"the layers on this tree, in full: {output.strip().splitlines()[-1]}", flush=True)
     if code != 0:
         print(output)
         return 1
     figures = one_run_audits()
-    control, *verdicts = judge_all([CONTROL, *mutants])
+    control, *verdicts = judge_all([CONTROL, *mutants], copies)
     show([control, *verdicts])
     killed = sum(verdict.right for verdict in verdicts)
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     line = {
         **figures,
         "kind": "audit",
+        "commit": commit,
         "mutants": len(mutants),
         "mutants_killed": killed,
         "control_passes": control.right,
         "verdicts": [{"mutant": v.mutant.name, "layer": v.layer, "test": v.test, "right": v.right} for v in verdicts],
         "seconds": round(time.monotonic() - began),
-        "cpu_seconds": round(
-            sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        ),
+        "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in usage)),
     }
-    import record  # beside this file; `benchmarks` is also a package that Opacus installs
-
     print(json.dumps(record.append(line), sort_keys=True))
     return 0 if killed == len(mutants) and control.right and figures["passed"] else 1
 

@@ -21,8 +21,11 @@ def commit() -> str:
 
 
 def append(line: dict[str, Any]) -> dict[str, Any]:
-    """Append a line with its commit and return it. Guarantee: nothing but this line is written."""
-    stamped = {**line, "commit": commit()}
+    """Append a line with its commit and return it. Guarantee: nothing but this line is written.
+
+    A measurement that takes minutes brings the commit that it began on, as `commit()` gave it then.
+    """
+    stamped = {"commit": commit(), **line}
     with RESULTS.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(stamped, sort_keys=True) + "\n")
     return stamped
