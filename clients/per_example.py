@@ -135,35 +135,44 @@ def _rows_keep_apart(
     import torch
 
     config = model.get_base_model().config
-    place = (config.to_json_string(), str(layout.shapes), engine, max_batch_tokens, torch.get_num_threads())
+    dtype = str(model.get_input_embeddings().weight.dtype)
+    attention = str(getattr(config, "_attn_implementation", ""))
+    shape = (config.to_json_string(), str(layout.shapes))
+    place = (*shape, dtype, attention, engine, max_batch_tokens, torch.get_num_threads())
     verdicts = _verdicts()
     if place not in verdicts:
         verdicts[place] = kernels.keep_rows_apart(model, max_batch_tokens) and _gradients_keep_apart(
-            gradients_of, int(config.get_text_config().vocab_size)
+            gradients_of, model
         )
     return verdicts[place]
 
 
 @functools.cache
-def _verdicts() -> dict[tuple[str, str, str, int, int], bool]:
+def _verdicts() -> dict[tuple[str | int, ...], bool]:
     """Return what was found out in this process: a property of machine and model, in which no row has a part."""
     return {}
 
 
-def _gradients_keep_apart(gradients_of: Callable[..., Any], vocabulary: int) -> bool:
+def _gradients_keep_apart(gradients_of: Callable[..., Any], model: Any) -> bool:
+    """Whether rows of two widths have the same gradient alone and in company, over enough numbers to tell."""
     import torch
 
+    config = model.get_base_model().config.get_text_config()
     rng = np.random.default_rng(0)
-    for width, heights in ((sequences.WIDTH_STEP, (2, 5)), (3 * sequences.WIDTH_STEP, (2,))):
-        rows = [
-            sequences.TokenSequence(ids=tuple(rng.integers(0, vocabulary, width - n).tolist()), loss_from=1 + n)
-            for n in range(max(heights))
-        ]
-        alone = gradients_of(*_together(rows[:1], width))[0].clone()
-        for height in heights:
-            both = gradients_of(*_together(rows[:height], width))
-            if not torch.equal(both[height - 1], alone):  # sorted by length, the longest comes last
-                return False
+    numbers = 3 * sequences.WIDTH_STEP * config.hidden_size * config.num_hidden_layers
+    for _ in range(kernels.draws(numbers, model.get_input_embeddings().weight.dtype)):
+        for width, heights in ((sequences.WIDTH_STEP, (2, 5)), (3 * sequences.WIDTH_STEP, (2,))):
+            rows = [
+                sequences.TokenSequence(
+                    ids=tuple(rng.integers(0, config.vocab_size, width - n).tolist()), loss_from=1 + n
+                )
+                for n in range(max(heights))
+            ]
+            alone = gradients_of(*_together(rows[:1], width))[0].clone()
+            for height in heights:
+                both = gradients_of(*_together(rows[:height], width))
+                if not torch.equal(both[height - 1], alone):  # sorted by length, the longest comes last
+                    return False
     return True
 
 
@@ -202,7 +211,7 @@ def _fused_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any
     def sink(layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
         for name, left_BTr, right in ((f"{layer.name}.a", u_BTr, x_BTI), (f"{layer.name}.b", low_BTr, slope_BTO)):
             if name in layout.shapes:
-                _bmm_into(layout.part(buffer, name), left_BTr.transpose(1, 2), right, add=name in seen)
+                _products_into(layout.part(buffer, name), left_BTr.transpose(1, 2), right, add=name in seen)
                 seen.add(name)
 
     def gradients_of(batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
@@ -242,15 +251,20 @@ def _summed_gradients(model: Any, layout: _Layout) -> Generator[Callable[[MicroB
         yield gradient_of
 
 
-def _bmm_into(target: Any, left: Any, right: Any, *, add: bool) -> None:
-    """Write (or add) the batched product left @ right into `target`, which is float32 whatever they are."""
+def _products_into(target_BrI: Any, left_BrT: Any, right_BTI: Any, *, add: bool) -> None:
+    """Write (or add) each row's product left @ right into `target`, which is float32 whatever they are.
+
+    One product per row, of a shape that is the row's own: batched kernels need not treat rows alike.
+    """
     import torch
 
-    if left.dtype == target.dtype and not add:
-        torch.bmm(left, right, out=target)
-        return
-    product = torch.bmm(left, right)
-    target.add_(product) if add else target.copy_(product)
+    for target, left, right in zip(target_BrI, left_BrT, right_BTI, strict=True):
+        if left.dtype == target.dtype and not add:
+            torch.mm(left, right, out=target)
+        elif add:
+            target.add_(left @ right)
+        else:
+            target.copy_(left @ right)
 
 
 @contextmanager

@@ -99,6 +99,19 @@ def _layer(name: str, module: Any) -> LoraLayer:
     )
 
 
+def _row_by_row(x_BTI: Any, thin_Ir: Any) -> Any:
+    """Return x @ thin with one product per row: thin products in bfloat16 round by the height of the batch.
+
+    Shapes: x (B, T, I), thin (I, r) -> (B * T, r).
+    """
+    import torch
+
+    out_BTr = x_BTI.new_empty(*x_BTI.shape[:-1], thin_Ir.shape[1])
+    for x_TI, out_Tr in zip(x_BTI.flatten(0, -3), out_BTr.flatten(0, -3), strict=True):
+        torch.mm(x_TI, thin_Ir, out=out_Tr)
+    return out_BTr.flatten(0, -2)
+
+
 @functools.cache
 def _node() -> Any:
     import torch
@@ -110,7 +123,7 @@ def _node() -> Any:
             a_rI, b_rO = a_rI.to(x_NI.dtype), b_Or.t().to(x_NI.dtype).contiguous()
             weight_IO = layer.weight if layer.transposed else layer.weight.t()
             out_NO = x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias, x_NI, weight_IO)
-            low_Nr = (x_NI @ a_rI.t()).mul_(layer.scaling)
+            low_Nr = _row_by_row(x_BTI, a_rI.t()).mul_(layer.scaling)
             out_NO.addmm_(low_Nr, b_rO)
             ctx.save_for_backward(x_BTI, low_Nr, a_rI, b_rO, weight_IO)
             ctx.layer, ctx.sink = layer, sink
@@ -121,7 +134,7 @@ def _node() -> Any:
             x_BTI, low_Nr, a_rI, b_rO, weight_IO = ctx.saved_tensors
             slope_BTO = slopes[0]
             slope_NO = slope_BTO.reshape(-1, slope_BTO.shape[-1])
-            u_Nr = (slope_NO @ b_rO.t()).mul_(ctx.layer.scaling)
+            u_Nr = _row_by_row(slope_BTO, b_rO.t()).mul_(ctx.layer.scaling)
             rows = x_BTI.shape[:-1]
             ctx.sink(ctx.layer, x_BTI, low_Nr.view(*rows, -1), u_Nr.view(*rows, -1), slope_NO.view(*rows, -1))
             dx_BTI = None
