@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 QV = ("q_proj", "v_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = {"qv": QV, "all": ALL}
-CASES = (("qv", 8, 128), ("all", 8, 128), ("all", 8, 256), ("qv", 16, 256))
-"""Targets, rows, tokens a row. The last is the large step, where the base model's products are everything."""
+CASES = (("qv", 8, 128), ("all", 8, 128), ("qv", 16, 256))
+"""Targets, rows, tokens a row. The last is the large step, where the base model's products are everything; there ghost
+clipping, nearly twice as slow, is left out."""
 
 CLIP, NOISE_MULTIPLIER = 1.0, 1.0
 
@@ -250,11 +251,12 @@ def step_part(model: str, repeats: int) -> dict[str, Any]:
     peak = {name: gemm_peak(getattr(torch, name)) for name in ("float32", "bfloat16")}
     found: dict[str, Any] = {"gemm_peak_gflops": {name: round(value, 1) for name, value in peak.items()}, "cases": {}}
     for targets, rows, tokens in CASES:
-        steps = {name: variant(make(model, targets, rows, tokens)) for name, variant in VARIANTS.items()}
+        chosen = [name for name in VARIANTS if rows * tokens <= 1024 or name != "opacus_ghost"]  # noqa: PLR2004
+        steps = {name: VARIANTS[name](make(model, targets, rows, tokens)) for name in chosen}
         seconds = interleaved(steps, repeats)
         mine = float(np.median(seconds["own_dp"]))
         work = flops(steps["own_dp"])
-        case = {f"{name}_over_peft": ratio(seconds, name, "peft") for name in VARIANTS if name != "peft"}
+        case = {f"{name}_over_peft": ratio(seconds, name, "peft") for name in chosen if name != "peft"}
         case["own_dp_over_own_plain"] = ratio(seconds, "own_dp", "own_plain")
         case["peft_s"] = round(float(np.median(seconds["peft"])), 3)
         case["own_dp_tokens_per_s"] = round(rows * tokens / mine, 1)

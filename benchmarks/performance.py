@@ -39,7 +39,7 @@ def _steps(found: dict[str, Any]) -> list[str]:
     names = list(NAMES)
     rows = [
         f"| {case} | 1 | "
-        + " | ".join(_span(one[f"{name}_over_peft"]) for name in names)
+        + " | ".join(_span(one.get(f"{name}_over_peft")) for name in names)
         + f" | {_span(one['own_dp_over_own_plain'])} | {one['own_dp_tokens_per_s']:.0f} | "
         f"{one['own_dp_share_of_peak']:.0%} |"
         for case, one in step["cases"].items()
@@ -115,5 +115,7 @@ def _round(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _span(one: dict[str, float]) -> str:
+def _span(one: dict[str, float] | None) -> str:
+    if one is None:
+        return ""
     return f"{one['median']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from fl_app.types import DpReceipt, RefusalCode
 
 SITE_NAME = r"[a-z0-9][a-z0-9-]{0,62}"
+UNIT_NAME = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,62}"
+"""A column's name: one line that no page takes for a heading."""
+
 """A site's logical id; it names a directory on the server, so it is held to this before anything else."""
 
 BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256"})
@@ -154,6 +157,8 @@ def unpack_hello(content: RecordDict) -> Hello:
     fields = _manifest(content, "hello", HELLO_KEYS, allowed={"hello"})
     if not re.fullmatch(SITE_NAME, _text(fields, "site")):
         raise WireViolation("site is no logical id: lower-case letters, digits and hyphens, at most 63")
+    if not re.fullmatch(UNIT_NAME, _text(fields, "unit")):
+        raise WireViolation("unit is no column name: letters, digits, blanks and _.-, at most 63")
     if not 0 < _number(fields, "delta") < 1 or not _number(fields, "epsilon") > 0:
         raise WireViolation("delta must lie between 0 and 1, epsilon above 0")
     return Hello(

@@ -25,10 +25,10 @@ from fl_app import journal, lora
 from fl_app.errors import RoundFailed
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.events import receipt_to_dict
-from fl_app.privacy.statement import of_receipts, of_site
+from fl_app.privacy.statement import of_receipts, of_site, rounded_up
 from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, Broadcast, RoundRecord
-from strategies.validate import broken_rule
+from strategies.validate import broken_rule, cost_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -207,7 +207,7 @@ class Pipeline:
                 )
                 if rule:
                     rejected[upload.site] = rule
-                    self._spent(upload.site, upload.spent)
+                    self._book_rejected(upload)
                 else:
                     sound.append(upload)
             self._enter(number, sound, rejected, collected, folder)
@@ -252,7 +252,7 @@ class Pipeline:
                     "bytes": collected.bytes_up.get(upload.site, 0),
                     "sha256": lora.sha256(upload.release.adapter),
                     "event": "; ".join(str(receipt.event) for receipt in receipts or ()) or "none",
-                    "guarantee": f"this run so far ({self.epsilon(upload.site):.4g}, {hello.delta:g})-DP per "
+                    "guarantee": f"this run so far ({rounded_up(self.epsilon(upload.site))}, {hello.delta:g})-DP per "
                     f"{hello.unit}, {receipts[0].relation}"
                     if receipts
                     else f"{NON_PRIVATE}: released without noise, epsilon is infinite",
@@ -282,6 +282,13 @@ class Pipeline:
             **of_receipts([cost.receipt], delta=cost.delta, accountant=pld.label()).fields(),
             scope=cost.scope,
         )
+
+    def _book_rejected(self, upload: Upload) -> None:
+        """Raise what a site has spent by a release that nobody will use; what its ledger holds may be more."""
+        hello = self.sites.get(upload.site)
+        if hello is not None:
+            self._spent(upload.site, cost_of(upload, hello.delta))
+            self.unheard.add(upload.site)
 
     def _spent(self, site: str, spent: float) -> float:
         """Raise what a site is known to have spent, and return it; an upload that was rejected has cost as well."""

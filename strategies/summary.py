@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from fl_app import journal
 from fl_app.privacy.accountants import pld, rdp
-from fl_app.privacy.statement import of_entry, of_receipts, of_site
+from fl_app.privacy.statement import of_entry, of_receipts, of_site, rounded_up
 from fl_app.types import Gaussian, PoissonGaussian
 from strategies.pipeline import NON_PRIVATE
 
@@ -202,7 +202,7 @@ def _budget_line(site: str, one: dict[str, Any]) -> str:
 
 
 def _statement(one: dict[str, Any]) -> str:
-    return f"{one['spent']:.4g} of {one['budget']:g} {of_entry(one).words()}"
+    return f"{rounded_up(one['spent'])} of {one['budget']:g} {of_entry(one).words()}"
 
 
 def _client_level_words(one: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ Source: house rule; federated-methods-and-dp.md 3.5; jax_privacy: docs/sharp_edg
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fl_app.types import DpReceipt, Relation
+
+SCHEDULE = "for a schedule fixed in advance"
+"""What PLD composition assumes; where later runs are chosen by looking at earlier ones only a filter holds."""
 
 POISSON, NO_SAMPLING = "Poisson", "no"
 """Poisson: every unit joins a step by its own coin. No: every unit, every time, so that no amplification is claimed."""
@@ -40,6 +44,14 @@ class Statement:
     def words(self) -> str:
         """Return what follows the number: 'at delta 1e-05, per record, add_or_remove_one, Poisson sampling, PLD'."""
         return f"at delta {self.delta:g}, per {self.unit}, {self.relation}, {self.sampling} sampling, {self.accountant}"
+
+
+def rounded_up(epsilon: float) -> str:
+    """Return an epsilon with four digits and never below it: a guarantee is not rounded to nearest."""
+    if not math.isfinite(epsilon) or epsilon <= 0:
+        return f"{epsilon:.4g}"
+    digits = 3 - math.floor(math.log10(epsilon))
+    return f"{math.ceil(epsilon * 10**digits) / 10**digits:.4g}"
 
 
 def of_entry(entry: Mapping[str, Any]) -> Statement:
@@ -66,4 +78,4 @@ def of_site(*, delta: float, unit: str) -> Statement:
     A site's policy decides whether a Renyi filter holds its ledger, and does not tell the server. So both are named:
     the figure is the site's, by PLD or by its filter, and no less than what the server made of its receipts by PLD.
     """
-    return Statement(delta=delta, unit=unit, accountant=f"{pld.label()} or the site's Renyi filter")
+    return Statement(delta=delta, unit=unit, accountant=f"{pld.label()}, {SCHEDULE}, or the site's Renyi filter")

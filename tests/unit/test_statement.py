@@ -53,4 +53,15 @@ def test_what_a_report_reads_is_all_of_it() -> None:
 
 
 def test_a_site_s_figure_names_both_ways_in_which_it_may_have_been_made() -> None:
-    assert of_site(delta=1e-5, unit="record").accountant == f"{pld.label()} or the site's Renyi filter"
+    assert of_site(delta=1e-5, unit="record").accountant == (
+        f"{pld.label()}, for a schedule fixed in advance, or the site's Renyi filter"
+    )
+
+
+def test_a_guarantee_is_never_rounded_below_itself() -> None:
+    from fl_app.privacy.statement import rounded_up
+
+    assert [rounded_up(value) for value in (1.96449, 7.99664, 0.00012345, 12345.6, 8.0, 0.0)] == [
+        "1.965", "7.997", "0.0001235", "1.235e+04", "8", "0",
+    ]  # fmt: skip
+    assert rounded_up(float("inf")) == "inf"

@@ -19,10 +19,11 @@ from fl_app.types import (
     Hello,
     HistogramRelease,
     LoraFactors,
+    PoissonGaussian,
     Upload,
     VectorRelease,
 )
-from strategies.validate import broken_rule
+from strategies.validate import broken_rule, cost_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,3 +205,34 @@ def test_less_spent_than_before() -> None:
 
 def test_two_machines_may_round_differently() -> None:
     assert _rule(_upload(spent=COST * (1 - 1e-9))) == ""
+
+
+HOSTILE = {
+    "two whose sum overflows": [Gaussian(noise_multiplier=1e6, clip_norm=1.0, count=10**9)] * 2,
+    "a billion steps": [PoissonGaussian(noise_multiplier=1e6, sample_rate=0.5, steps=10**9, clip_norm=1.0)],
+    "hundreds": [Gaussian(noise_multiplier=50.0 + n, clip_norm=1.0) for n in range(200)],
+    "no accountant knows it": [Gaussian(noise_multiplier=-1.0, clip_norm=1.0)],
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_receipts_that_would_stop_the_server_are_a_broken_rule(kind: str, spec: Any, learned: Any) -> None:
+    receipts = tuple(DpReceipt(event=event, unit="record") for event in HOSTILE[kind])
+    upload = Upload(site="a", round=1, release=AdapterRelease(adapter=learned(1)), receipts=receipts, spent=1.0)
+    hello = Hello(site="a", epsilon=8.0, delta=1e-5, unit="record", spent=0.0)
+    rule = broken_rule(upload, spec=spec, site=hello, round_number=1)
+    assert rule.startswith("receipt: ")
+    assert cost_of(upload, 1e-5) == 1.0
+
+
+def test_a_rejected_upload_is_booked_at_what_it_cost_not_at_what_it_says(learned: Any) -> None:
+    told = Upload(
+        site="a",
+        round=1,
+        release=AdapterRelease(adapter=learned(1)),
+        receipts=(DpReceipt(event=Gaussian(noise_multiplier=0.8, clip_norm=1.0), unit="record"),),
+        spent=1.0,
+    )
+    assert cost_of(told, 1e-5) == pytest.approx(5.68, abs=0.01)
+    assert cost_of(dataclasses.replace(told, receipts=None), 1e-5) == math.inf
+    assert cost_of(dataclasses.replace(told, spent=7.0), 1e-5) == 7.0
