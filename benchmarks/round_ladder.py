@@ -120,7 +120,7 @@ def run(adapted: Callable[..., Any], repeats: int, name: str = "smollm2-135m-ins
     examples = letters(load(name, "float32").tokenizer)
     totals: dict[str, list[float]] = {rung: [] for rung in RUNGS}
     check_s = 0.0
-    for repeat in range(max(2, repeats // 2)):
+    for repeat in range(max(1, repeats // 2)):
         steps: dict[str, Step] = {}
         for rung, options in RUNGS.items():
             rest = {key: value for key, value in options.items() if key != "dtype"}
