@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import performance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 AUDIT_PAGE = ROOT / "docs" / "audit.md"
+PERFORMANCE_PAGE = ROOT / "docs" / "performance.md"
 NAMES = {
     "base": "base model",
     "start": "start (public warm start)",
@@ -211,6 +213,7 @@ def main() -> int:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(table(), encoding="utf-8")
         AUDIT_PAGE.write_text(audit_page(), encoding="utf-8")
+        PERFORMANCE_PAGE.write_text(performance.page(), encoding="utf-8")
     return 0
 
 
