@@ -45,10 +45,11 @@ class DpStepsSection(Section):
     """What the sections of all private adapter learners share.
 
     `micro_batch_tokens` splits the work and changes no result; `engine` chooses who forms per-example gradients.
+    `clip_norm` is bounded because norms are float32: below 1e-19 they vanish, and what has no norm is not clipped.
     """
 
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     micro_batch_tokens: Annotated[int, Field(ge=16)] = 512

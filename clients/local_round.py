@@ -40,6 +40,7 @@ from fl_app.privacy.events import no_noise
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.seeds import stream
+from fl_app.sequences import WIDTH_STEP
 from fl_app.types import Hello, PoissonGaussian, Probe, Refusal, Upload
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from clients.config import ClientSection
     from clients.stages import Learner
     from fl_app.config import SharedConfig
+    from fl_app.models import FrozenModel
     from fl_app.privacy.noise import NoiseSource
     from fl_app.privacy.renyi_filter import RenyiFilter
     from fl_app.types import Broadcast, DpReceipt, RefusalCode
@@ -165,6 +167,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         receipt, budget = _announced(policy, ledger, renyi, learner, broadcast, shared, asked)
     frozen = models.load(shared.model.name, shared.model.dtype)
     lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
+    _check_length(policy, frozen)
     codes = _codes(site.directory)
     rows = read_private_rows(
         site.directory / "rows.jsonl", unit=policy.privacy.unit, max_rows_per_unit=policy.privacy.max_rows_per_unit
@@ -223,6 +226,21 @@ def _check_policy(policy: SitePolicy, learner: Learner, broadcast: Broadcast, sh
     if shared.run.mode == "production" and limits.simulation:
         raise PolicyRefusal(
             "site.toml allows simulation, so its ledger certifies nothing; set limits.simulation = false"
+        )
+
+
+def _check_length(policy: SitePolicy, frozen: FrozenModel) -> None:
+    """Raise `PolicyRefusal` when a row might be longer than the model's positions.
+
+    Found out at a row, it would fail the round in which that row is drawn, and the failure would tell of the row; a
+    model that stretches its positions on the way (dynamic RoPE) would carry one row's length into others' gradients.
+    """
+    most = getattr(frozen.model.config.get_text_config(), "max_position_embeddings", None)
+    width = -(-policy.constants.max_tokens // WIDTH_STEP) * WIDTH_STEP
+    if most is not None and width > most:
+        raise PolicyRefusal(
+            f"constants.max_tokens = {policy.constants.max_tokens} (padded to {width}) exceeds the {most} positions of "
+            f"{frozen.resolved.name}; lower it in site.toml"
         )
 
 

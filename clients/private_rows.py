@@ -95,8 +95,13 @@ def _read(line: bytes, where: str, unit: str, number: int) -> PrivateRow:
     if unit != "record" and not isinstance(row.get(unit), (str, int)):
         raise RowsInvalid(f"{where}: privacy unit column {unit!r} is absent; see privacy.unit in site.toml")
     return PrivateRow(
-        instruction=row["instruction"],
-        output=row.get("output", ""),
+        instruction=_encodable(row["instruction"]),
+        output=_encodable(row.get("output", "")),
         code=row.get("code", ""),
         unit=str(number) if unit == "record" else str(row[unit]),
     )
+
+
+def _encodable(text: str) -> str:
+    """Return the text with lone surrogates replaced: no tokenizer takes them, and a row must not make a round fail."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -92,3 +92,26 @@ def test_a_ledger_held_by_a_filter_does_not_let_it_pass(site: Site, site_folder:
     assert answer.code == "budget_spent"
     kinds = [json.loads(line)["kind"] for line in (site.directory / "ledger" / "ledger.jsonl").read_text().splitlines()]
     assert "reserve" not in kinds
+
+
+def test_a_row_limit_beyond_the_models_positions_is_refused_before_anything_is_spent(
+    site: Site, site_folder: Any, start: Adapter
+) -> None:
+    site_folder.policy(constants={"max_tokens": 1025})  # the tiny model has 1024 positions
+    answer = ask(site, start, PRIVATE)
+    assert isinstance(answer, Refusal)
+    assert answer.code == "policy"
+    assert not site.ledger(site.policy).receipts()
+
+
+def test_a_lone_surrogate_does_not_make_a_round_fail(site: Site, site_folder: Any, start: Adapter) -> None:
+    site_folder.rows(['{"id": "1", "instruction": "broken \\ud83d letter", "output": "", "code": ""}'] * 9)
+    assert isinstance(ask(site, start, PRIVATE), Upload)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-30, 1e-320, 1e39, 0.0, float("nan")])
+def test_a_clip_norm_that_float32_cannot_keep_is_refused(clip_norm: float) -> None:
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match="clip_norm"):
+        ClientSection.model_validate({"learner": {**PRIVATE, "clip_norm": clip_norm}})
