@@ -19,6 +19,7 @@ from dp_accounting.pld import PLDAccountant
 from fl_app import lora
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.privacy.ledger import Ledger
+from fl_app.privacy.statement import rounded_up
 from fl_app.types import AdapterRelease, Broadcast, Gaussian, Upload
 from simulations import launch
 from simulations.progress import final_table, follow
@@ -133,7 +134,7 @@ def test_journal_record_card_and_report_say_the_same(private: tuple[dict[str, An
 
     assert [event["epsilon"] for event in told] == spent == [record["client_epsilon"] for record in records]
     assert {(event["delta"], event["unit"], event["sampling"]) for event in told} == {(1e-5, "site", "no")}
-    assert f"Epsilon {spent[1]:.4g} of 2.5 at delta 1e-05, per site, add_or_remove_one, no sampling, PLD" in card
+    assert f"Epsilon {rounded_up(spent[1])} of 2.5 at delta 1e-05, per site, add_or_remove_one, no sampling, PLD" in card
     assert "Does not protect the uploads from this server" in card
     assert "per site, add/remove one, no sampling" in page
     assert "It does not protect the uploads from this server" in page
