@@ -305,7 +305,7 @@ def summed(model: Any, examples: Sequence[TokenSequence], limit: int, frozen: An
 
 
 def check_isolation(model: Any, limit: int) -> None:
-    """Rows of 2 to 40 tokens, alone and first and amid 1 to 24 others: the same bits go into the sum, and the
+    """Rows of 2 to 40 tokens, alone and first and amid 1 to 12 others: the same bits go into the sum, and the
     sum of float64 moves by what the row adds alone. Frozen states are made in whichever company asks for them first."""
     rng = np.random.default_rng(limit)
     first_block = sequences.first_adapted_block(per_example.trained(model))
@@ -329,7 +329,7 @@ def check_isolation(model: Any, limit: int) -> None:
             added.clear()
             alone = summed(model, [own], limit, fresh())
             (bits,) = added
-            for size in (1, 3, 24):
+            for size in (1, 3, 12):
                 company, frozen = some_examples(rng, rng.integers(2, 41, size).tolist()), fresh()
                 for place in {0, size // 2 + 1}:
                     added.clear()
@@ -377,10 +377,10 @@ def test_a_coupled_row_is_caught(twin: str, model: Any, monkeypatch: pytest.Monk
 
 def test_micro_batches_only_split_the_sum(model: Any) -> None:
     rng = np.random.default_rng(0)
-    examples = some_examples(rng, rng.integers(2, 41, 40).tolist())
+    examples = some_examples(rng, rng.integers(2, 41, 12).tolist())
     expected = summed(model, examples, 1)
-    for limit in (16, 64, 100, 512, 4096):
+    for limit in (64, 100, 512):
         assert np.linalg.norm(summed(model, examples, limit) - expected) <= 1e-6 * np.linalg.norm(expected)
     # The twin: a mean per micro-batch is not a sum.
-    halves = (summed(model, examples[:10], 512) / 10 + summed(model, examples[10:], 512) / 30) * 20
-    assert np.linalg.norm(halves - expected) > 1e-3 * np.linalg.norm(expected)
+    means = (summed(model, examples[:3], 512) / 3 + summed(model, examples[3:], 512) / 9) * 6
+    assert np.linalg.norm(means - expected) > 1e-3 * np.linalg.norm(expected)
