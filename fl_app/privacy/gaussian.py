@@ -12,11 +12,12 @@ L2 norm. `step` keeps that below clip_norm * 2^-14, and callers clip to `usable_
 norm they announce; the rest pays for float64 sums of up to 2^18 contributions. So the sensitivity that the receipt
 states holds after rounding, not before it.
 
-What is left, with its size. The normals are float64 evaluations of Box-Muller, off by a relative 2^-50 at most
-(measured against 50 digits: tests/privacy/test_gaussian.py). A lattice cell is wider than the spacing of the floats
-in it by 2^23 and more, so the chance of a cell is off by a relative 2^-24 or so; over 200 steps of 2.4 million
-coordinates, all of it taken to conspire, that is 0.004 of epsilon at delta 1e-5. Normals end at 9.4 standard
-deviations, which 5e8 draws meet with probability 1e-12. Timing is not hidden.
+What is left, with its size. The normals are float64 evaluations of Box-Muller; against 50 digits their error is at most
+2^-50 * max(r, 1 / r) for a radius r, and 2^-24 where the radius vanishes (tests/privacy/test_gaussian.py). At noise
+multiplier 1 a lattice cell is wider than the spacing of the floats in it by 2^23, so the chance of a cell is off by a
+relative 2^-23 or so; over 200 steps of 2.4 million coordinates, all of it taken to conspire, that is of the order of
+0.01 of epsilon at delta 1e-5, an estimate and no bound. It grows in proportion to the noise multiplier. Normals end at
+9.4 standard deviations, which 5e8 draws meet with probability 1e-12. Timing is not hidden.
 
 Source: Casacuberta et al. 2022 (arXiv 2207.10635) on sensitivity after rounding; Google's secure noise generation on
 power-of-two granularity. Ours differs in shrinking the clip instead of raising the noise: the receipt stays as asked.

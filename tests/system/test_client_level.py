@@ -134,7 +134,8 @@ def test_journal_record_card_and_report_say_the_same(private: tuple[dict[str, An
 
     assert [event["epsilon"] for event in told] == spent == [record["client_epsilon"] for record in records]
     assert {(event["delta"], event["unit"], event["sampling"]) for event in told} == {(1e-5, "site", "no")}
-    assert f"Epsilon {rounded_up(spent[1])} of 2.5 at delta 1e-05, per site, add_or_remove_one, no sampling, PLD" in card
+    said = f"Epsilon {rounded_up(spent[1])} of 2.5 at delta 1e-05, per site, add_or_remove_one, no sampling, PLD"
+    assert said in card
     assert "Does not protect the uploads from this server" in card
     assert "per site, add/remove one, no sampling" in page
     assert "It does not protect the uploads from this server" in page
