@@ -1,7 +1,7 @@
 """Collects figures of finished runs into `results.jsonl` and makes pages of `docs/` from that file.
 
     python benchmarks/results.py add runs/<id> [runs/<id> ...]    append one line per run, with the commit
-    python benchmarks/results.py table                            write docs/results.md and docs/audit.md
+    python benchmarks/results.py table                            write the pages of docs/
 
 Figures are never typed into the documentation; a line here is the only way in.
 """

@@ -7,7 +7,7 @@ forgotten. The clip is joint over all trained factors; a row whose gradient is n
 What "whoever else is there" means in bits. A row is padded by its own length alone (`sequences.isolated_batches`),
 shares a batch only where kernels keep rows apart (`fl_app.kernels`), and its scaled gradient is added in float64. So
 adding a row to the sum moves it by that row's clipped gradient and by nothing else, up to 2^-53: in float32 and in
-bfloat16 alike, at a fixed number of threads.
+bfloat16 alike, with one or two torch threads (with others see `fl_app.kernels`).
 
 Two engines, one result: `fused` is ours, `opacus` (GradSampleModule hooks, `wrap_model=False`) is the reference.
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["fused", "opacus"]
 
-NORM_BLOCK = 1 << 10
+NORM_BLOCK = 1 << 9
 """Coordinates whose squares are added in float32; whole factors would be off by 1e-3 in the worst case."""
 
 
@@ -186,7 +186,7 @@ def _add_clipped(total_P: npt.NDArray[np.float64], gradient_BP: Any, clip_norm: 
     """Add each row's gradient, scaled to at most `clip_norm`, to the total. Shapes: gradient (B, P) float32."""
     import torch
 
-    # Float32 within blocks, float64 over them: a sum of 2^10 squares is right to 2^-14 in any order, its root to 2^-15.
+    # Float32 within blocks, float64 over them: a sum of 2^9 squares is right to 2^-15 in any order, its root to 2^-16.
     # A block that overflows is infinite, and such a row counts as not finite.
     whole = gradient_BP.shape[1] // NORM_BLOCK * NORM_BLOCK
     blocks_BKN = gradient_BP[:, :whole].unflatten(1, (-1, NORM_BLOCK)) if whole else gradient_BP[:, :0].unsqueeze(1)
@@ -223,7 +223,7 @@ def _fused_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any
             sequences.example_losses(model, batch, frozen).sum().backward()
         for name in layout.shapes.keys() - seen:  # a layer that no token passed through
             layout.part(buffer, name).zero_()
-        return buffer[: len(batch.rows)]
+        return buffer
 
     with lora_linear.fused(model, sink):
         yield gradients_of
@@ -287,7 +287,7 @@ def _opacus_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., An
             layout.part(gradient_BP, name).copy_(sample if name.endswith(".a") else sample.transpose(1, 2))
             weight.grad_sample = None
             weight.grad = None
-        return gradient_BP[: len(batch.rows)]
+        return gradient_BP
 
     try:
         yield gradients_of

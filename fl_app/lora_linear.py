@@ -55,7 +55,8 @@ def fused(model: Any, sink: Sink) -> Generator[dict[str, LoraLayer]]:
 
     Guarantee: outputs and gradients equal PEFT's up to rounding; factors get no `.grad` by themselves; on leaving,
     the model is what it was.
-    Raises: AdapterMismatch for a layer that is not plain LoRA (dropout, DoRA, bias, several adapters).
+    Raises: AdapterMismatch for a layer that is not plain LoRA (dropout, DoRA, bias, several adapters), and, when it is
+    called, for one whose inputs are not rows of tokens.
     """
     modules = {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", {})}
     layers = {module: _layer(name.removeprefix(lora.PEFT_PREFIX), module) for name, module in modules.items()}
@@ -63,6 +64,11 @@ def fused(model: Any, sink: Sink) -> Generator[dict[str, LoraLayer]]:
 
     def forward_of(layer: LoraLayer) -> Any:
         def forward(x_BTI: Any, *_: Any, **__: Any) -> Any:
+            if x_BTI.ndim != 3:  # noqa: PLR2004 - B, T, I
+                raise AdapterMismatch(
+                    f"{layer.name} gets inputs of shape {tuple(x_BTI.shape)}, which do not say where a row ends; "
+                    "leave it out of lora.targets"
+                )
             return node.apply(x_BTI, layer.a, layer.b, layer, sink)
 
         return forward
@@ -107,9 +113,9 @@ def _row_by_row(x_BTI: Any, thin_Ir: Any) -> Any:
     import torch
 
     out_BTr = x_BTI.new_empty(*x_BTI.shape[:-1], thin_Ir.shape[1])
-    for x_TI, out_Tr in zip(x_BTI.flatten(0, -3), out_BTr.flatten(0, -3), strict=True):
+    for x_TI, out_Tr in zip(x_BTI, out_BTr, strict=True):
         torch.mm(x_TI, thin_Ir, out=out_Tr)
-    return out_BTr.flatten(0, -2)
+    return out_BTr.flatten(0, 1)
 
 
 @functools.cache
