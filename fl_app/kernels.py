@@ -25,6 +25,15 @@ HEIGHT_STEP = 16
 _LARGE = 1 << 22
 """Weights with more elements (an output head) are tried at fewer heights, or the check would cost seconds."""
 
+_FRESH = 1 << 21
+"""Numbers drawn for a matrix; to draw all of an output head's would take as long as its product."""
+
+_ENOUGH = 1 << 18
+"""Numbers that have to agree before a narrow type is trusted."""
+
+_DEEP = 512
+"""Terms of a sum from which a quarter of those numbers is enough (`_slices`)."""
+
 
 def keep_rows_apart(model: Any, most_rows: int) -> bool:
     """Whether products with the model's weights give a row the same bits at every height up to `most_rows`.
@@ -55,29 +64,61 @@ def draws(numbers: int, dtype: Any) -> int:
     In float32 another order of summation shows in every other number. Rounding to a narrower type hides it from all but
     one in 10^4 (measured on products with 4 columns), so a quarter of a million have to agree.
     """
+    return 1 if _is_wide(dtype) else max(1, -(-_ENOUGH // numbers))
+
+
+def _is_wide(dtype: Any) -> bool:
     import torch
 
-    return 1 if dtype == torch.float32 else max(1, -(-(1 << 18) // numbers))
+    return dtype == torch.float32
 
 
 @functools.lru_cache(maxsize=1024)
 def _agree(matrix: tuple[int, int, bool], dtype: Any, height: int, threads: int) -> bool:  # noqa: ARG001 - a key
-    """Whether products with matrices of this shape agree in all bits at several heights."""
+    """Whether products with matrices of this shape agree in all bits at several heights.
+
+    At each height so many slices are compared as make enough numbers, the first and the last among them.
+    """
     import torch
 
     rows, columns, transposed = matrix
     draw = torch.Generator().manual_seed(0)
     heights = {HEIGHT_STEP, 3 * HEIGHT_STEP} if rows * columns > _LARGE else _heights(height)
     for _ in range(draws(height * columns, dtype)):
-        stored = torch.randn((columns, rows) if transposed else (rows, columns), generator=draw).to(dtype)
+        stored = _numbers(*((columns, rows) if transposed else (rows, columns)), draw, dtype)
         right = stored.t() if transposed else stored
-        left = torch.randn(height, rows, generator=draw).to(dtype)
+        left = _numbers(height, rows, draw, dtype)
         whole = left @ right
         for some in heights:
-            for start in range(0, height - some + 1, some):
+            for start in _starts(height, some, enough=_slices(rows, some * columns, dtype)):
                 if not torch.equal(left[start : start + some] @ right, whole[start : start + some]):
                     return False
     return True
+
+
+def _slices(rows: int, numbers: int, dtype: Any) -> int:
+    """Return how many slices of so many numbers to compare; a sum of many terms shows its order more often.
+
+    Two halves summed apart and rounded to bfloat16 differ in 2 numbers of 10^5 with 64 terms and 15 with 576 or more.
+    """
+    enough = _ENOUGH if rows < _DEEP else _ENOUGH // 4
+    return 1 if _is_wide(dtype) else -(-enough // numbers)
+
+
+def _numbers(high: int, wide: int, draw: Any, dtype: Any) -> Any:
+    """Return normal draws; past `_FRESH` they repeat, since an order of summation shows in repeated numbers too."""
+    import torch
+
+    fresh = min(wide, max(1, _FRESH // high))
+    block = torch.randn(high, fresh, generator=draw).to(dtype)
+    return block if fresh == wide else block.repeat(1, -(-wide // fresh))[:, :wide].contiguous()
+
+
+def _starts(height: int, some: int, enough: int) -> list[int]:
+    """Return where `enough` slices of `some` rows begin, spread over the height: at least the first and the last."""
+    count = height // some
+    chosen = max(2, min(enough, count))
+    return sorted({(count - 1) * one // (chosen - 1) * some for one in range(chosen)})
 
 
 def _heights(height: int) -> set[int]:
