@@ -9,10 +9,13 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-all audit bench-step check format setup professional corpus export clean
+.PHONY: demo resume test test-slow test-all audit bench-step check format setup professional corpus export clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
 	@$(BIN)/python -m simulations.launch --config configs/demo.toml $(ARGS)
+
+resume: setup  ## make resume RUN=runs/<id>: a run that was stopped goes on from where it stood
+	@$(BIN)/python -m simulations.launch --resume $(RUN)
 
 test: setup  ## everything that needs neither Ray nor the real model
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q

@@ -37,12 +37,12 @@ STAMP = "SIMULATION - NOT PRIVATE"
 
 
 class Journal:
-    """The run directory of one run; the clock of its events starts when it is opened."""
+    """The run directory of one run; the clock of its events goes on where that of a stopped run stood."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._start = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
+        self._start = time.monotonic() - _last_t(directory / "journal.jsonl")
 
     def event(self, name: str, **fields: object) -> None:
         """Append one line to `journal.jsonl`: the event, seconds since the start, and its public fields."""
@@ -117,6 +117,18 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _last_t(path: Path) -> float:
+    """Return the time of the last whole event, 0 when there is none, and cut off a line that was never finished."""
+    if not path.is_file():
+        return 0.0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    last = whole.rstrip().rpartition(b"\n")[2]
+    return float(json.loads(last)["t"]) if last else 0.0
 
 
 def _json(value: object, *, indent: int | None = None, sort_keys: bool = False) -> str:

@@ -1,6 +1,7 @@
 """One command, one simulated run: corpus -> sites -> rounds -> report.
 
     python -m simulations.launch --config configs/demo.toml
+    python -m simulations.launch --resume runs/<id>            a run that was stopped, from where it stood
 
 Brings the sites into being (or finds those of an earlier run), starts the apps in process or through `flwr run` on
 Ray, shows what happens from the run's journal, writes the report, and exits non-zero when the run failed. The last
@@ -10,6 +11,7 @@ line of its output is the path of the run directory.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import threading
@@ -23,7 +25,7 @@ from rich.console import Console
 from clients.config import read_client
 from fl_app import journal, models
 from fl_app.config import Tree, read_tree, shared
-from fl_app.errors import ConfigInvalid, RoundFailed, StillroomError
+from fl_app.errors import ConfigInvalid, RoundFailed, RunInvalid, StillroomError
 from fl_app.origin import ROOT
 from simulations.config import EMBEDDED, SimulationSection, read_simulation
 from simulations.corpora import read_corpus
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 BUILD = ROOT / "build"
 RUNS = ROOT / "runs"
+LAUNCH = "launch.json"
+"""In the run directory: how the run was started, for whoever resumes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +60,13 @@ class Prepared:
     run_config: Mapping[str, str]
 
 
-def prepare(config: str, overrides: str = "", *, run: str = "", sites: Path | None = None) -> Prepared:
+def prepare(
+    config: str, overrides: str = "", *, run: str = "", sites: Path | None = None, again: bool = False
+) -> Prepared:
     """Write corpus and sites, fix every path, and return what a grid needs.
 
     `run` names the run (default: the configuration's name and the time); `sites` is where the site directories are,
-    or shall be (default: beside the run).
+    or shall be (default: beside the run). `again`: the run directory may hold a run, which then goes on.
 
     Raises: ConfigInvalid, RowsInvalid, ModelMissing, each before anything is trained.
     """
@@ -73,8 +79,10 @@ def prepare(config: str, overrides: str = "", *, run: str = "", sites: Path | No
         raise ConfigInvalid("run.mode is not 'simulation': real sites are started by their SuperNodes, not from here")
     name = run or f"{config_path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(tree["run"].get("directory") or RUNS / name).resolve()
-    if (directory / "journal.jsonl").exists():
-        raise ConfigInvalid(f"{directory} holds a run already; choose another name with --run")
+    if (directory / "journal.jsonl").exists() and not again:
+        raise ConfigInvalid(
+            f"{directory} holds a run already; choose another name with --run, or go on with --resume {directory}"
+        )
     places = _corpus(simulation)
     home = (sites or BUILD / "sites" / name).resolve()
     rows = read_corpus(
@@ -98,7 +106,34 @@ def prepare(config: str, overrides: str = "", *, run: str = "", sites: Path | No
     fixed = _paths(tree, places, codes, directory, len(federation.sites))
     everything = "\n".join([overrides, *(f"{key}={_toml(value)}" for key, value in fixed.items())])
     run_config = {"config": str(config_path), "overrides": everything, "sites": str(home), "run": name}
+    journal.write_json(
+        directory / LAUNCH, {"config": str(config_path), "overrides": overrides, "run": name, "sites": str(home)}
+    )
     return Prepared(run=name, directory=directory, federation=federation, simulation=simulation, run_config=run_config)
+
+
+def resume(directory: Path) -> Prepared:
+    """Return a run that was stopped, ready to go on from where it stood: same sites, same configuration, same name.
+
+    Raises: RunInvalid when the directory holds no run of this launcher, or one that is complete.
+    """
+    try:
+        told: dict[str, str] = json.loads((directory / LAUNCH).read_text(encoding="utf-8"))
+        config, overrides, run, sites = told["config"], told["overrides"], told["run"], Path(told["sites"])
+    except FileNotFoundError:
+        raise RunInvalid(
+            f"{directory} holds no {LAUNCH}, so no run was started there from here; give runs/<id>"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunInvalid(f"{directory / LAUNCH} cannot be read ({type(error).__name__}: {error})") from None
+    summary = directory / "summary.json"
+    if summary.is_file() and json.loads(summary.read_text(encoding="utf-8"))["status"] == "completed":
+        raise RunInvalid(f"the run in {directory} is complete; nothing is left to do")
+    if not sites.is_dir():
+        raise RunInvalid(f"the sites of this run are gone: {sites}; restore them, since their ledgers hold its budget")
+    prepared = prepare(config, overrides, run=run, sites=sites, again=True)
+    summary.unlink(missing_ok=True)  # of the attempt that failed: whoever waits for the run waits for this file
+    return prepared
 
 
 def play(prepared: Prepared, *, faults: Mapping[int, Fault] | None = None) -> dict[str, Any]:
@@ -126,8 +161,6 @@ def play(prepared: Prepared, *, faults: Mapping[int, Fault] | None = None) -> di
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return `summary.json` of a finished run. Raises: RoundFailed when there is none or it says failed."""
-    import json
-
     path = directory / "summary.json"
     if not path.is_file():
         raise RoundFailed(f"the run left no summary in {directory}; see journal.jsonl there")
@@ -140,14 +173,20 @@ def read_summary(directory: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", required=True, help="TOML file, from the project's root")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--config", help="TOML file, from the project's root")
+    how.add_argument("--resume", type=Path, metavar="RUN", help="directory of a run that was stopped")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--run", default="", help="name of the run")
     parser.add_argument("--sites", type=Path, help="directory of the sites; an existing one keeps its ledgers")
     arguments = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
-        prepared = prepare(arguments.config, "\n".join(arguments.override), run=arguments.run, sites=arguments.sites)
+        if arguments.resume:
+            prepared = resume(arguments.resume.resolve())
+        else:
+            overrides = "\n".join(arguments.override)
+            prepared = prepare(arguments.config, overrides, run=arguments.run, sites=arguments.sites)
     except StillroomError as error:
         _say(console, error)
         return 2

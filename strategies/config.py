@@ -14,11 +14,13 @@ from fl_app.errors import ConfigInvalid
 from fl_app.journal import Journal
 from fl_app.seeds import stream
 from strategies.aggregators import AnyAggregator
+from strategies.checkpoint import Checkpoint
 from strategies.distillers import AnyDistiller
 from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
 from strategies.pipeline import Pipeline, Stages
+from strategies.spending import Spending
 from strategies.stages import Setting
 from strategies.synthesizers import AnySynthesizer
 from strategies.tuners import AnyTuner
@@ -80,6 +82,7 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
     if not shared.run.directory:
         raise ConfigInvalid("run.directory is empty: give the absolute path of the run directory")
     exam = read_exam(server.exam, seed=shared.run.seed)
+    checkpoint = Checkpoint(Path(shared.run.directory), run=run, config_digest=digest(tree))
     local = models.load(shared.model.name, shared.model.dtype)
     spec = lora.spec_of(local, shared.lora)
     professional = models.load(server.professional.model or shared.model.name, shared.model.dtype)
@@ -92,6 +95,7 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         threads=server.threads,
         batch_rows=server.batch_rows,
         public_words=_public_words(server.professional),
+        directory=Path(shared.run.directory),
     )
     setting = Setting(
         run=run,
@@ -108,6 +112,7 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         distiller=server.distiller.build(lab),
         tuner=server.tuner.build(lab),
     )
+    record = Journal(setting.directory)
     return Pipeline(
         run=run,
         shared=shared,
@@ -115,7 +120,9 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         lab=lab,
         stages=stages,
         exam=exam,
-        journal=Journal(Path(shared.run.directory)),
+        journal=record,
+        checkpoint=checkpoint,
+        spending=Spending(journal=record),
         config_digest=digest(tree),
         tree=tree,
         start=_start(shared, spec),

@@ -18,8 +18,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from fl_app import wire
 from fl_app.errors import StillroomError, WireViolation
 from fl_app.types import Refusal, Upload
-from strategies.cohort import Cohort, exchange, gather
-from strategies.pipeline import Collected
+from strategies.cohort import Cohort, exchange, gather, refresh
+from strategies.collected import Collected
 from strategies.summary import write_summary
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from flwr.serverapp import Grid
 
+    from fl_app.types import Hello
     from strategies.config import NetworkSection
     from strategies.pipeline import Pipeline
 
@@ -58,11 +59,7 @@ class Knowledge(Strategy):
             self.open(grid)
             for number in range(1, rounds + 1):
                 pipeline.journal.event("round_started", round=number, rounds=rounds)
-                messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
-                replies = self._wave(grid, "train", number, messages)
-                arrays, _metrics = self.aggregate_train(number, replies)
-                assert arrays is not None
-                result.arrays = arrays
+                result.arrays = self._round(grid, number)
             messages = self.configure_evaluate(rounds, ArrayRecord(), ConfigRecord(), grid)
             replies = self._wave(grid, "broadcast", rounds, messages)
             metrics = self.aggregate_evaluate(rounds, replies)
@@ -76,15 +73,26 @@ class Knowledge(Strategy):
             write_summary(pipeline, status="failed", error=said, seconds=time.monotonic() - began)
             raise
         finally:
-            pipeline.lab.close()
+            pipeline.close()
         return result
+
+    def _round(self, grid: Grid, number: int) -> ArrayRecord:
+        """Play one round and return the new target; no site is asked for what was collected before."""
+        if self.pipeline.has_collected(number):
+            self.pipeline.play(number)
+        else:
+            self._look_again(grid)
+            messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+            self.pipeline.play(number, self._collect(self._wave(grid, "train", number, messages)))
+        return self._target(number)
 
     def open(self, grid: Grid) -> None:
         """Wait for the sites, learn their names and begin the run."""
         network = self.network
-        self.cohort = gather(grid, sites=network.sites, wait_s=network.wait_s, poll_s=network.poll_s)
-        hellos = {hello.site: hello for hello in self.cohort.hellos.values()}
-        self.pipeline.open(hellos, {f"node {i}": why for i, why in enumerate(self.cohort.unready.values())})
+        self.cohort = gather(
+            grid, sites=network.sites, wait_s=network.wait_s, poll_s=network.poll_s, quorum=network.quorum
+        )
+        self.pipeline.open(self._hellos(), {f"node {i}": why for i, why in enumerate(self.cohort.unready.values())})
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -100,9 +108,7 @@ class Knowledge(Strategy):
         Raises: RoundFailed.
         """
         self.pipeline.play(server_round, self._collect(replies))
-        arrays = wire.pack_broadcast(self.pipeline.broadcast(server_round))["arrays"]
-        assert isinstance(arrays, ArrayRecord)
-        return arrays, None
+        return self._target(server_round), None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -127,14 +133,35 @@ class Knowledge(Strategy):
             self.pipeline.journal.event("probe", site=site, items=probe.items, bits_per_byte=probe.bits_per_byte)
         return MetricRecord({"bits_per_byte": sum(found) / len(found)}) if found else None
 
+    def _target(self, number: int) -> ArrayRecord:
+        arrays = wire.pack_broadcast(self.pipeline.broadcast(number))["arrays"]
+        assert isinstance(arrays, ArrayRecord)
+        return arrays
+
     def summary(self) -> None:
         """Say nothing: the journal and `summary.json` say it."""
+
+    def _hellos(self) -> dict[str, Hello]:
+        return {hello.site: hello for hello in self.cohort.hellos.values()}
+
+    def _look_again(self, grid: Grid) -> None:
+        """See which nodes are there before a round: some may have died, and some may be back."""
+        before = set(self.cohort.hellos)
+        self.cohort = refresh(grid, self.cohort, wait_s=self.network.wait_s, poll_s=self.network.poll_s)
+        if set(self.cohort.hellos) != before:
+            self.pipeline.spending.join(self._hellos())
 
     def _to_all(self, number: int, kind: str) -> list[Message]:
         content = wire.pack_broadcast(self.pipeline.broadcast(number))
         self._bytes_down = wire.num_bytes(content)
         ttl = self.network.reply_timeout_s
         return [Message(content, node, kind, group_id=str(number), ttl=ttl) for node in self.cohort.nodes()]
+
+    @staticmethod
+    def _again(message: Message, left_s: float) -> Message:
+        """Return a message's question once more: a site that has trained answers it from its outbox."""
+        told = message.metadata
+        return Message(message.content, told.dst_node_id, told.message_type, group_id=told.group_id, ttl=left_s)
 
     def _wave(self, grid: Grid, phase: str, number: int, messages: Iterable[Message]) -> list[Message]:
         """Send a wave and return what came in time, telling the journal as it comes."""
@@ -148,7 +175,8 @@ class Knowledge(Strategy):
 
         with self.pipeline.phase(number, phase):
             began = time.monotonic()
-            exchange(grid, wave, timeout_s=self.network.reply_timeout_s, poll_s=self.network.poll_s, on_reply=progress)
+            timeout_s, poll_s = self.network.reply_timeout_s, self.network.poll_s
+            exchange(grid, wave, timeout_s=timeout_s, poll_s=poll_s, on_reply=progress, again=self._again)
             self._seconds = round(time.monotonic() - began, 3)
         return done
 
@@ -181,7 +209,7 @@ class Knowledge(Strategy):
                 uploads.append(reply)
             else:
                 refusals.append(reply)
-        sites = [self.cohort.hellos[node].site for node in self.cohort.nodes()]
+        sites = self.cohort.sites()
         heard = {*broken, *(upload.site for upload in uploads), *(refusal.site for refusal in refusals)}
         return Collected(
             uploads=tuple(uploads),

@@ -18,6 +18,7 @@ from fl_app import inference, lora, models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from fl_app.inference import Likelihood
     from fl_app.models import FrozenModel
@@ -61,6 +62,11 @@ class ServerModels(Protocol):
     @property
     def public_words(self) -> frozenset[str]:
         """Lower-case words of the public text: never personal data."""
+        ...
+
+    @property
+    def directory(self) -> Path | None:
+        """Where a method may keep what must outlive the process; None when there is no run."""
         ...
 
 
@@ -147,8 +153,10 @@ class Lab:
         threads: int,
         batch_rows: int,
         public_words: frozenset[str],
+        directory: Path | None = None,
     ) -> None:
         self.local = local
+        self.directory = directory
         self.public_words = public_words
         self.threads = threads
         self.system = system

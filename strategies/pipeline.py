@@ -2,8 +2,10 @@
 
     validate -> aggregate -> synthesise -> filter -> distil -> tune -> exam
 
-Each phase writes its result into `runs/<id>/rounds/<n>/` as a whole before the next begins. Nothing here knows Flower:
-uploads come in as values, the next target goes out as a value.
+Each phase writes its result into `runs/<id>/rounds/<n>/`, commits it there (`checkpoint`), and the next one reads it
+back. So a run that was stopped, at whatever point, goes on by playing its rounds again: what is committed is read, the
+rest is computed, from random streams that are named after run seed, phase and round and nothing else. Nothing here
+knows Flower: uploads come in as values, the next target goes out as a value.
 
 Everything after `validate` is post-processing of DP releases and public inputs, so it costs no budget (specs
 `federated-methods-and-dp.md` 3.2, claim C), however much text is written, judged or learned. Two exceptions are told
@@ -13,38 +15,37 @@ whose release has no receipts, which only `server.accept_non_private` lets in, h
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import shutil
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fl_app import journal, lora
 from fl_app.errors import RoundFailed
-from fl_app.privacy.accountants import pld
 from fl_app.privacy.events import receipt_to_dict
-from fl_app.privacy.statement import of_receipts, of_site, rounded_up
+from fl_app.privacy.statement import of_site
 from fl_app.seeds import stream
-from fl_app.types import AdapterRelease, Broadcast, RoundRecord
-from strategies.validate import broken_rule, cost_of
+from fl_app.types import Broadcast, Merged, RoundRecord
+from strategies import readback
+from strategies.collected import from_json, judge, needed, to_json, write_release
+from strategies.spending import NON_PRIVATE
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
     from fl_app.config import SharedConfig
     from fl_app.journal import Journal
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Draft, Hello, Lesson, Merged, Refusal, Score, Upload
+    from fl_app.types import Adapter, Draft, Hello, Lesson, Score
+    from strategies.checkpoint import Checkpoint, Done
+    from strategies.collected import Collected, Judged
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
+    from strategies.spending import Spending
     from strategies.stages import Aggregator, Distiller, Filter, Synthesizer, Tuner
-
-
-NON_PRIVATE = "not differentially private at site level"
-"""On every artefact of a run that used a release without receipts, with the sites it came from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +60,15 @@ class Stages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Collected:
-    """What one wave of training brought, by site: uploads, refusals, broken messages, silence, bytes, seconds."""
+class Made:
+    """What a phase has made: files and folders that are whole on disk, and a value that JSON can hold.
 
-    uploads: tuple[Upload, ...]
-    refusals: tuple[Refusal, ...]
-    broken: Mapping[str, str]
-    silent: tuple[str, ...]
-    asked: int
-    bytes_up: Mapping[str, int]
-    bytes_down: Mapping[str, int]
-    seconds: float
+    `seconds`, where it is not None, is the time to tell instead of the phase's own (a wave's, which came before it).
+    """
+
+    files: Sequence[Path] = ()
+    value: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    seconds: float | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -83,235 +82,238 @@ class Pipeline:
     stages: Stages
     exam: Exam
     journal: Journal
+    checkpoint: Checkpoint
+    spending: Spending
     config_digest: str
     tree: dict[str, Any]
     start: Adapter
     quorum: float
     accept_non_private: bool = False
     target: Adapter = field(init=False)
-    sites: dict[str, Hello] = field(default_factory=dict)
-    receipts: dict[str, list[DpReceipt]] = field(default_factory=dict)
     kept: list[Draft] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
     records: list[RoundRecord] = field(default_factory=list)
     scores: dict[str, Mapping[str, Score]] = field(default_factory=dict)
-    released: list[dict[str, Any]] = field(default_factory=list)
-    unheard: set[str] = field(default_factory=set)
-    non_private: set[str] = field(default_factory=set)
-    client_level: list[ClientLevelCost] = field(default_factory=list)
     unready: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    restored_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.target = self.start
 
     def open(self, sites: Mapping[str, Hello], unready: Mapping[str, str]) -> None:
-        """Begin the run: who is here, what is configured, and where base and professional stand before any round."""
-        self.sites = dict(sites)
-        self.unready = dict(unready)
-        journal.write_toml(self.journal.directory / "config.toml", self.tree)
-        journal.write_text(self.journal.directory / "digest.txt", self.config_digest + "\n")
+        """Begin the run: who is here, what is configured, and where base and professional stand before any round.
+
+        A run that goes on keeps the sites it began with as they were then, and learns of new ones.
+        Raises: RunInvalid when the run directory does not hold what its own commits say.
+        """
+        done = self.checkpoint.find(0, "open")
+        if done is None:
+            journal.write_toml(self.journal.directory / "config.toml", self.tree)
+            journal.write_text(self.journal.directory / "digest.txt", self.config_digest + "\n")
+            value = {"sites": {name: asdict(hello) for name, hello in sites.items()}, "unready": dict(unready)}
+            began = self.checkpoint.commit(0, "open", files=(), value=value, seconds=0.0)
+        else:
+            began = done
+        known = {name: readback.hello(hello) for name, hello in began.value["sites"].items()}
+        self.spending.join(known)
+        self.spending.join(sites)
+        here = self.spending.sites
+        self.unready = dict(began.value["unready"])
         self.journal.event(
-            "run_started",
+            "run_started" if done is None else "run_resumed",
             run=self.run,
             rounds=self.shared.run.rounds,
-            sites=sorted(sites),
-            budgets={name: {"epsilon": hello.epsilon, "spent": hello.spent} for name, hello in sites.items()},
+            sites=sorted(here),
+            budgets={name: {"epsilon": hello.epsilon, "spent": hello.spent} for name, hello in here.items()},
             **of_site(
-                delta=max((hello.delta for hello in sites.values()), default=0.0),
-                unit=", ".join(sorted({hello.unit for hello in sites.values()})),
+                delta=max((hello.delta for hello in here.values()), default=0.0),
+                unit=", ".join(sorted({hello.unit for hello in here.values()})),
             ).fields(),
-            unready=dict(unready),
+            unready=dict(self.unready),
             model=self.shared.model.name,
             accept_non_private=self.accept_non_private,
             stamp=self.stamp(),
         )
-        with self.phase(0, "exam"):
-            self._examine("base", self.lab.local_with(None, "base"))
-            self._examine("start", self.lab.local_with(self.start, "start"))
-            self._examine("professional", self.lab.professional)
+        base, start = self.lab.local_with(None, "base"), self.lab.local_with(self.start, "start")
+        self._examine(0, {"base": base, "start": start, "professional": self.lab.professional}, {})
+
+    def has_collected(self, number: int) -> bool:
+        """Whether the uploads of a round were collected before, so that no site needs to be asked."""
+        return self.checkpoint.stands(number, "validate")
 
     def broadcast(self, number: int) -> Broadcast:
         """Return what every site gets at the start of round `number`."""
         return Broadcast(run=self.run, round=number, adapter=self.target, config_digest=self.config_digest)
 
-    def play(self, number: int, collected: Collected) -> RoundRecord:
-        """Run the server's part of one round and return its record.
+    def play(self, number: int, collected: Collected | None = None) -> RoundRecord:
+        """Run the server's part of one round and return its record. `collected` is not needed where it was before.
 
-        Raises: RoundFailed when fewer uploads than the quorum are sound; the target is then what it was.
+        Raises: RoundFailed when fewer uploads than the quorum are sound; the target is then what it was, and the round
+        may be played again. RunInvalid when the run directory does not hold what its own commits say.
         """
-        seconds: dict[str, float] = {"train": collected.seconds}
+        seconds: dict[str, float] = {}
         folder = self.journal.round(number)
-        merged = self._merge(number, collected, folder, seconds)
-        with self.phase(number, "synthesise", seconds):
-            drafts = tuple(self.stages.synthesizer(merged.adapter, self._rng("synthesise", number), number))
-            journal.write_lines(folder / "drafts.jsonl", drafts)
-        with self.phase(number, "filter", seconds):
-            kept, dropped = self._screen(drafts)
-            journal.write_json(folder / "screened.json", {"kept": [draft.id for draft in kept], "dropped": dropped})
-        with self.phase(number, "distil", seconds):
-            lessons = tuple(self.stages.distiller(kept, self._rng("distil", number)))
-            journal.write_lines(folder / "lessons.jsonl", lessons)
-        with self.phase(number, "tune", seconds):
-            everything = (*self.lessons, *lessons)
-            target = self.stages.tuner(self.target, everything, self._rng("tune", number))
-            self._save_target(target, folder / "target")
-        self.target, self.kept, self.lessons = target, [*self.kept, *kept], list(everything)
-        with self.phase(number, "exam", seconds):
-            self._examine("adapter", self.lab.local_with(merged.adapter, "adapter"))
-            self._examine(f"target_round_{number}", self.lab.local_with(target, "target"))
-        record = self._record(number, collected, merged, drafts, dropped, lessons, seconds, folder)
-        journal.write_json(folder / "record.json", record)
-        self._save_target(target, self.journal.directory / "target")
+        judged = self._judge(number, collected, folder, seconds)
+        merged = self._aggregate(number, judged, folder, seconds)
+        drafts = self._synthesise(number, merged, folder, seconds)
+        kept, dropped = self._screen(number, drafts, folder, seconds)
+        lessons = self._distil(number, kept, folder, seconds)
+        target = self._tune(number, lessons, folder, seconds)
+        self.target, self.kept, self.lessons = target, [*self.kept, *kept], [*self.lessons, *lessons]
+        adapter = self.lab.local_with(merged.adapter, "adapter")
+        models = {"adapter": adapter, f"target_round_{number}": self.lab.local_with(target, "target")}
+        self._examine(number, models, seconds)
+        record = self._record(number, judged, merged, drafts, dropped, lessons, seconds, folder)
         self.records.append(record)
-        self.journal.event(
-            "round_finished",
-            round=number,
-            drafts_written=len(drafts),
-            drafts_kept=len(kept),
-            epsilon=dict(record.epsilon),
-            exam=self.scores[f"target_round_{number}"].get("choice_accuracy"),
-        )
+        if self.checkpoint.find(number, "publish") is None:
+            journal.write_json(folder / "record.json", record)
+            lora.save_peft(target, self.journal.directory / "target", base_name=self.shared.model.name)
+            self.checkpoint.commit(number, "publish", files=[folder / "record.json"], value={}, seconds=0.0)
+            self.journal.event(
+                "round_finished",
+                round=number,
+                drafts_written=len(drafts),
+                drafts_kept=len(kept),
+                epsilon=dict(record.epsilon),
+                exam=self.scores[f"target_round_{number}"].get("choice_accuracy"),
+            )
         return record
+
+    def close(self) -> None:
+        """Give back threads and the run directory."""
+        self.lab.close()
+        self.checkpoint.close()
 
     def stamp(self) -> str:
         """Return what must stand on every artefact of this run as it is so far; empty when nothing must."""
         stamps = [journal.STAMP] if self.shared.run.mode == "simulation" else []
-        if self.non_private:
-            stamps.append(f"{NON_PRIVATE} ({', '.join(sorted(self.non_private))})")
+        if self.spending.non_private:
+            stamps.append(f"{NON_PRIVATE} ({', '.join(sorted(self.spending.non_private))})")
         return "; ".join(stamps)
 
-    def epsilon(self, site: str) -> float:
-        """Return the PLD epsilon of what a site released in this run, recomputed from its receipts.
+    def _judge(self, number: int, collected: Collected | None, folder: Path, seconds: dict[str, float]) -> Judged:
+        """Validate what came, write down sound releases, and enter what every site has spent."""
 
-        Infinite once a release without receipts was used.
-        """
-        if site in self.non_private:
-            return math.inf
-        receipts = self.receipts.get(site, [])
-        return pld.epsilon(receipts, self.sites[site].delta) if receipts else 0.0
-
-    def _merge(self, number: int, collected: Collected, folder: Path, seconds: dict[str, float]) -> Merged:
-        """Validate what came, enter the receipts, and aggregate the sound uploads."""
-        with self.phase(number, "aggregate", seconds):
-            sound: list[Upload] = []
-            rejected = dict(collected.broken)
-            for upload in sorted(collected.uploads, key=lambda item: item.site):
-                rule = broken_rule(
-                    upload,
-                    spec=self.spec,
-                    site=self.sites.get(upload.site),
-                    round_number=number,
-                    earlier=self.receipts.get(upload.site, ()),
-                    accept_non_private=self.accept_non_private,
-                )
-                if rule:
-                    rejected[upload.site] = rule
-                    self._book_rejected(upload)
-                else:
-                    sound.append(upload)
-            self._enter(number, sound, rejected, collected, folder)
-            need = max(1, -(-collected.asked * self.quorum // 1))
-            if len(sound) < need:
-                refused = ", ".join(f"{one.site}: {one.code}" for one in collected.refusals)
-                raise RoundFailed(
-                    f"round {number}: {len(sound)} of {collected.asked} sites sent a sound upload, {need:g} needed "
-                    f"(refused: {refused or 'none'}; rejected: {', '.join(rejected) or 'none'}; silent: "
-                    f"{', '.join(collected.silent) or 'none'}; never ready: "
-                    f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept."
-                )
-            merged = self.stages.aggregator(sound, self.broadcast(number))
-            for site, rule in merged.rejected.items():
-                self._site(number, site, "rejected", code=rule)
-            merged = dataclasses.replace(merged, rejected={**rejected, **merged.rejected})
-            self._charge(number, merged.cost)
-            lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
-        return merged
-
-    def _enter(
-        self, number: int, sound: Sequence[Upload], rejected: Mapping[str, str], collected: Collected, folder: Path
-    ) -> None:
-        """Write each sound release and its receipts into the run directory, and tell the journal about every site."""
-        for upload in sound:
-            assert isinstance(upload.release, AdapterRelease)
-            receipts = upload.receipts
-            if receipts is None:
-                self.non_private.add(upload.site)
-            self.receipts.setdefault(upload.site, []).extend(receipts or ())
-            place = folder / "releases" / upload.site
-            lora.save_peft(upload.release.adapter, place, base_name=self.shared.model.name)
-            told = None if receipts is None else [receipt_to_dict(receipt) for receipt in receipts]
-            journal.write_json(place / "receipts.json", told)
-            hello = self.sites[upload.site]
-            spent = self._spent(upload.site, max(upload.spent, self.epsilon(upload.site)))
-            self.released.append(
-                {
-                    "site": upload.site,
-                    "round": number,
-                    "kind": upload.release.kind,
-                    "bytes": collected.bytes_up.get(upload.site, 0),
-                    "sha256": lora.sha256(upload.release.adapter),
-                    "event": "; ".join(str(receipt.event) for receipt in receipts or ()) or "none",
-                    "guarantee": f"this run so far ({rounded_up(self.epsilon(upload.site))}, {hello.delta:g})-DP per "
-                    f"{hello.unit}, {receipts[0].relation}"
-                    if receipts
-                    else f"{NON_PRIVATE}: released without noise, epsilon is infinite",
-                }
+        def work() -> Made:
+            assert collected is not None, "a round whose uploads were not collected before needs them"
+            judged = judge(
+                collected,
+                round_number=number,
+                spec=self.spec,
+                spending=self.spending,
+                accept_non_private=self.accept_non_private,
             )
-            self._site(number, upload.site, "trained", bytes=collected.bytes_up.get(upload.site, 0), epsilon=spent)
-        heard = {upload.site for upload in collected.uploads}
-        self.unheard |= {*collected.broken, *collected.silent} - heard
-        self.unheard |= {refusal.site for refusal in collected.refusals if refusal.code in {"internal", "ledger"}}
-        for refusal in collected.refusals:
-            self._site(number, refusal.site, "refused", code=refusal.code)
-        for site, rule in rejected.items():
-            self._site(number, site, "rejected", code=rule)
-        for site in collected.silent:
-            self._site(number, site, "silent")
+            need = needed(judged.asked, self.quorum)
+            if len(judged.sound) < need:
+                self.spending.enter(number, judged)
+                raise RoundFailed(self._too_few(number, judged, need))
+            shutil.rmtree(folder / "releases", ignore_errors=True)  # of an attempt that was stopped
+            base_name = self.shared.model.name
+            places = [write_release(folder, upload, base_name=base_name) for upload in judged.sound]
+            return Made(files=places, value=to_json(judged), seconds=judged.seconds)
 
-    def _charge(self, number: int, cost: ClientLevelCost | None) -> None:
-        """Enter what the merged adapter cost every site at the server, if its aggregator added noise."""
-        if cost is None:
-            return
-        self.client_level.append(cost)
-        self.journal.event(
-            "client_level",
-            round=number,
-            epsilon=cost.spent,
-            budget=cost.budget,
-            **of_receipts([cost.receipt], delta=cost.delta, accountant=pld.label()).fields(),
-            scope=cost.scope,
+        done = self._phase(number, "validate", seconds, work)
+        seconds["train"] = seconds.pop("validate")
+        judged = from_json(done.value, folder, seconds=done.seconds)
+        self.spending.enter(number, judged)
+        return judged
+
+    def _too_few(self, number: int, judged: Judged, need: int) -> str:
+        refused = ", ".join(f"{one.site}: {one.code}" for one in judged.refusals)
+        return (
+            f"round {number}: {len(judged.sound)} of {judged.asked} sites sent a sound upload, {need} needed "
+            f"(refused: {refused or 'none'}; rejected: {', '.join(judged.rejected) or 'none'}; silent: "
+            f"{', '.join(judged.silent) or 'none'}; never ready: "
+            f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept; resume the run when "
+            "the sites are back: those that have trained answer again without spending anything."
         )
 
-    def _book_rejected(self, upload: Upload) -> None:
-        """Raise what a site has spent by a release that nobody will use; what its ledger holds may be more."""
-        hello = self.sites.get(upload.site)
-        if hello is not None:
-            self._spent(upload.site, cost_of(upload, hello.delta))
-            self.unheard.add(upload.site)
+    def _aggregate(self, number: int, judged: Judged, folder: Path, seconds: dict[str, float]) -> Merged:
+        def work() -> Made:
+            merged = self.stages.aggregator(judged.sound, self.broadcast(number))
+            lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
+            cost = merged.cost
+            told = cost and {**asdict(cost), "receipt": receipt_to_dict(cost.receipt)}
+            value = {"used": merged.used, "rejected": dict(merged.rejected), "cost": told}
+            return Made(files=[folder / "merged"], value=value)
 
-    def _spent(self, site: str, spent: float) -> float:
-        """Raise what a site is known to have spent, and return it; an upload that was rejected has cost as well."""
-        hello = self.sites.get(site)
-        if hello is None:
-            return spent
-        self.sites[site] = dataclasses.replace(hello, spent=max(hello.spent, spent))
-        return self.sites[site].spent
+        value = self._phase(number, "aggregate", seconds, work).value
+        merged = Merged(
+            adapter=lora.load_peft(folder / "merged"),
+            used=tuple(value["used"]),
+            rejected={**judged.rejected, **value["rejected"]},
+            cost=readback.cost(value["cost"]),
+        )
+        for site, rule in value["rejected"].items():
+            self.spending.tell(number, site, "rejected", code=rule)
+        self.spending.charge(number, merged.cost)
+        return merged
 
-    def _screen(self, drafts: Sequence[Draft]) -> tuple[tuple[Draft, ...], dict[str, str]]:
+    def _synthesise(self, number: int, merged: Merged, folder: Path, seconds: dict[str, float]) -> tuple[Draft, ...]:
+        path = folder / "drafts.jsonl"
+
+        def work() -> Made:
+            journal.write_lines(path, self.stages.synthesizer(merged.adapter, self._rng("synthesise", number), number))
+            return Made(files=[path])
+
+        self._phase(number, "synthesise", seconds, work)
+        return readback.drafts(path)
+
+    def _screen(
+        self, number: int, drafts: Sequence[Draft], folder: Path, seconds: dict[str, float]
+    ) -> tuple[tuple[Draft, ...], Mapping[str, str]]:
         """Pass the drafts through every filter in order; a reason starts with the name of its filter."""
-        left = tuple(drafts)
-        dropped: dict[str, str] = {}
-        for name, one in self.stages.filters:
-            screened = one(left, self.kept)
-            for draft, reason in screened.dropped.items():
-                dropped[draft] = reason if reason.startswith(name) else f"{name}: {reason}"
-            left = screened.kept
-        return left, dropped
 
-    def _examine(self, name: str, model: TextModel) -> None:
-        self.scores[name] = self.exam.score(model)
-        self.journal.event("exam", model=name, scores={key: one.value for key, one in self.scores[name].items()})
+        def work() -> Made:
+            left = tuple(drafts)
+            dropped: dict[str, str] = {}
+            for name, one in self.stages.filters:
+                screened = one(left, self.kept)
+                for draft, reason in screened.dropped.items():
+                    dropped[draft] = reason if reason.startswith(name) else f"{name}: {reason}"
+                left = screened.kept
+            value = {"kept": [draft.id for draft in left], "dropped": dropped}
+            journal.write_json(folder / "screened.json", value)
+            return Made(files=[folder / "screened.json"], value=value)
+
+        value = self._phase(number, "filter", seconds, work).value
+        kept = set(value["kept"])
+        return tuple(draft for draft in drafts if draft.id in kept), value["dropped"]
+
+    def _distil(
+        self, number: int, kept: Sequence[Draft], folder: Path, seconds: dict[str, float]
+    ) -> tuple[Lesson, ...]:
+        path = folder / "lessons.jsonl"
+
+        def work() -> Made:
+            journal.write_lines(path, self.stages.distiller(kept, self._rng("distil", number)))
+            return Made(files=[path])
+
+        self._phase(number, "distil", seconds, work)
+        return readback.lessons(path)
+
+    def _tune(self, number: int, lessons: Sequence[Lesson], folder: Path, seconds: dict[str, float]) -> Adapter:
+        def work() -> Made:
+            target = self.stages.tuner(self.target, (*self.lessons, *lessons), self._rng("tune", number))
+            lora.save_peft(target, folder / "target", base_name=self.shared.model.name)
+            return Made(files=[folder / "target"])
+
+        self._phase(number, "tune", seconds, work)
+        return lora.load_peft(folder / "target")
+
+    def _examine(self, number: int, models: Mapping[str, TextModel], seconds: dict[str, float]) -> None:
+        def work() -> Made:
+            return Made(
+                value={
+                    name: {metric: asdict(score) for metric, score in self.exam.score(model).items()}
+                    for name, model in models.items()
+                }
+            )
+
+        for name, scores in self._phase(number, "exam", seconds, work).value.items():
+            self.scores[name] = {metric: readback.score(score) for metric, score in scores.items()}
+            self.journal.event("exam", model=name, scores={key: one.value for key, one in self.scores[name].items()})
 
     def _save_target(self, target: Adapter, folder: Path) -> None:
         lora.save_peft(target, folder, base_name=self.shared.model.name)
@@ -319,7 +321,7 @@ class Pipeline:
     def _record(
         self,
         number: int,
-        collected: Collected,
+        judged: Judged,
         merged: Merged,
         drafts: Sequence[Draft],
         dropped: Mapping[str, str],
@@ -327,7 +329,9 @@ class Pipeline:
         seconds: Mapping[str, float],
         folder: Path,
     ) -> RoundRecord:
-        hashes = {f"releases/{item['site']}": item["sha256"] for item in self.released if item["round"] == number}
+        hashes = {
+            f"releases/{item['site']}": item["sha256"] for item in self.spending.released if item["round"] == number
+        }
         hashes |= {"merged": lora.sha256(merged.adapter), "target": lora.sha256(self.target)}
         hashes |= {
             name: journal.file_sha256(folder / name) for name in ("drafts.jsonl", "screened.json", "lessons.jsonl")
@@ -335,21 +339,36 @@ class Pipeline:
         return RoundRecord(
             round=number,
             used=merged.used,
-            refused={refusal.site: refusal.code for refusal in collected.refusals},
+            refused={refusal.site: refusal.code for refusal in judged.refusals},
             rejected=dict(merged.rejected),
-            silent=collected.silent,
+            silent=judged.silent,
             drafts_written=len(drafts),
             drafts_kept=len(drafts) - len(dropped),
             dropped=dict(Counter(reason.split(":")[0] for reason in dropped.values())),
             lessons=len(lessons),
-            epsilon={site: hello.spent for site, hello in sorted(self.sites.items())},
+            epsilon={site: hello.spent for site, hello in sorted(self.spending.sites.items())},
             scores={name: self.scores[name] for name in ("adapter", f"target_round_{number}")},
             seconds=dict(seconds),
-            bytes_up=dict(collected.bytes_up),
-            bytes_down=dict(collected.bytes_down),
+            bytes_up=dict(judged.bytes_up),
+            bytes_down=dict(judged.bytes_down),
             hashes=hashes,
             client_epsilon=merged.cost.spent if merged.cost else None,
         )
+
+    def _phase(self, number: int, name: str, seconds: dict[str, float], work: Callable[[], Made]) -> Done:
+        """Return what a phase left: read, when it is done, else computed, committed and then read."""
+        done = self.checkpoint.find(number, name)
+        if done is not None:
+            seconds[name] = done.seconds
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + done.seconds, 3)
+            self.restored_s += done.seconds
+            self.journal.event("phase_restored", round=number, phase=name, seconds=done.seconds)
+            return done
+        with self.phase(number, name, seconds):
+            began = time.monotonic()
+            made = work()
+            took = round(time.monotonic() - began, 3) if made.seconds is None else made.seconds
+            return self.checkpoint.commit(number, name, files=made.files, value=made.value, seconds=took)
 
     @contextmanager
     def phase(self, number: int, name: str, seconds: dict[str, float] | None = None) -> Generator[None]:
@@ -365,11 +384,6 @@ class Pipeline:
             seconds[name] = took
         self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 3)
         self.journal.event("phase_finished", round=number, phase=name, seconds=took)
-
-    def _site(self, number: int, site: str, state: str, **fields: object) -> None:
-        hello = self.sites.get(site)
-        budget = {"budget": hello.epsilon} if hello else {}
-        self.journal.event("site", round=number, site=site, state=state, **budget, **fields)
 
     def _rng(self, name: str, number: int) -> Any:
         return stream(self.shared.run.seed, name, number)

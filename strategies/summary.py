@@ -25,7 +25,7 @@ from fl_app import journal
 from fl_app.privacy.accountants import pld, rdp
 from fl_app.privacy.statement import of_entry, of_receipts, of_site, rounded_up
 from fl_app.types import Gaussian, PoissonGaussian
-from strategies.pipeline import NON_PRIVATE
+from strategies.spending import NON_PRIVATE
 
 if TYPE_CHECKING:
     from strategies.pipeline import Pipeline
@@ -53,7 +53,7 @@ def write_summary(pipeline: Pipeline, *, status: str, error: str = "", seconds: 
         "config_digest": pipeline.config_digest,
         "models": _models(pipeline),
         "exam": _exam(pipeline),
-        "epsilon": {site: _epsilon(pipeline, site) for site in sorted(pipeline.sites)},
+        "epsilon": {site: _epsilon(pipeline, site) for site in sorted(pipeline.spending.sites)},
         "client_level": _client_level(pipeline),
         "seconds": _seconds(pipeline, seconds),
         "seconds_by_round": [dict(record.seconds) for record in pipeline.records],
@@ -71,7 +71,7 @@ def write_summary(pipeline: Pipeline, *, status: str, error: str = "", seconds: 
             for record in pipeline.records
         ],
         "unready": pipeline.unready,
-        "left_site": pipeline.released,
+        "left_site": pipeline.spending.released,
         "hashes": {f"round_{r.round}/{name}": digest for r in pipeline.records for name, digest in r.hashes.items()},
     }
     journal.write_json(pipeline.journal.directory / "summary.json", summary)
@@ -97,15 +97,15 @@ def _exam(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
-    hello = pipeline.sites[site]
-    receipts = pipeline.receipts.get(site, [])
+    hello = pipeline.spending.sites[site]
+    receipts = pipeline.spending.receipts.get(site, [])
     return {
         "spent": hello.spent,
-        "spent_is_lower_bound": site in pipeline.unheard,
+        "spent_is_lower_bound": site in pipeline.spending.unheard,
         "private": hello.spent < math.inf,
         "budget": hello.epsilon,
         **of_site(delta=hello.delta, unit=hello.unit).fields(),
-        "rdp": rdp.epsilon(None if site in pipeline.non_private else receipts, hello.delta),
+        "rdp": rdp.epsilon(None if site in pipeline.spending.non_private else receipts, hello.delta),
         "by_round": [record.epsilon.get(site, 0.0) for record in pipeline.records],
         "noise_multiplier": [
             receipt.event.noise_multiplier for receipt in receipts if isinstance(receipt.event, PoissonGaussian)
@@ -115,17 +115,17 @@ def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
 
 def _client_level(pipeline: Pipeline) -> dict[str, Any] | None:
     """Return what the merged adapters cost every site, under the trust that the statement names."""
-    if not pipeline.client_level:
+    if not pipeline.spending.client_level:
         return None
-    last = pipeline.client_level[-1]
-    receipts = [cost.receipt for cost in pipeline.client_level]
+    last = pipeline.spending.client_level[-1]
+    receipts = [cost.receipt for cost in pipeline.spending.client_level]
     events = [receipt.event for receipt in receipts if isinstance(receipt.event, Gaussian)]
     return {
         "spent": last.spent,
         "budget": last.budget,
         **of_receipts(receipts, delta=last.delta, accountant=pld.label()).fields(),
         "rdp": rdp.epsilon(receipts, last.delta),
-        "by_round": [cost.spent for cost in pipeline.client_level],
+        "by_round": [cost.spent for cost in pipeline.spending.client_level],
         "noise_multiplier": [event.noise_multiplier for event in events],
         "clip_norm": [event.clip_norm for event in events],
         "scope": last.scope,
@@ -172,7 +172,7 @@ def _card(pipeline: Pipeline, summary: dict[str, Any]) -> str:
     budgets = "\n".join(_budget_line(site, one) for site, one in summary["epsilon"].items())
     seeded = ": the noise of this run came from a known seed" if pipeline.shared.run.mode == "simulation" else ""
     stamp = f"**{summary['stamp']}**{seeded}.\n\n" if summary["stamp"] else ""
-    releases = "" if pipeline.non_private else "differentially private "
+    releases = "" if pipeline.spending.non_private else "differentially private "
     return f"""---
 base_model: {pipeline.shared.model.name}
 library_name: peft

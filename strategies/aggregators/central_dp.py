@@ -42,7 +42,8 @@ from fl_app.config import Section
 from fl_app.errors import AdapterMismatch, BudgetSpent, ConfigInvalid, RoundFailed
 from fl_app.privacy import gaussian
 from fl_app.privacy.accountants import pld
-from fl_app.privacy.ledger import Ledger
+from fl_app.privacy.chain import Committed, Reserved
+from fl_app.privacy.ledger import Ledger, Reservation
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.seeds import stream
 from fl_app.types import Adapter, AdapterRelease, ClientLevelCost, DpReceipt, Gaussian, LoraFactors, Merged
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from fl_app.privacy.ledger import Reservation
     from fl_app.privacy.noise import NoiseSource
     from fl_app.types import Broadcast, Floats, Upload
     from strategies.stages import Aggregator, Setting
@@ -119,7 +119,7 @@ class CentralDp(Section):
                 "whole update could be published at that price"
             )
         stage = PrivateMean(section=self, setting=setting, noise=lambda entry: _noise(setting, entry))
-        past = stage.open_ledger().receipts() if stage.ledger_path.is_file() else ()
+        past = stage.past()
         planned = [DpReceipt(event=self.event(setting.rounds), unit=UNIT)]
         total = pld.epsilon([*past, *planned], self.delta)
         if not total <= self.epsilon:
@@ -174,7 +174,8 @@ class PrivateMean:
         )
         del updates, totals
         merged = _moved(start, names, [part / self.setting.sites for part in released])
-        ledger.commit(reservation.id, sha256=lora.sha256(merged))
+        if reservation.id not in _committed(ledger):
+            ledger.commit(reservation.id, sha256=lora.sha256(merged))
         return Merged(
             adapter=merged,
             used=tuple(site for site in adapters if site not in rejected),
@@ -200,9 +201,31 @@ class PrivateMean:
         cohort += "+simulation" if self.setting.mode == "simulation" else ""
         return Ledger.open(self.ledger_path, dataset=cohort, unit=UNIT)
 
+    def past(self) -> tuple[DpReceipt, ...]:
+        """Return what other runs have reserved; a run directory's own ledger knows no other run."""
+        return self.open_ledger().receipts() if self.section.ledger and self.ledger_path.is_file() else ()
+
+    def _mine(self, ledger: Ledger) -> list[Reserved]:
+        """Return what earlier attempts of this run reserved: only in its own ledger, which the run directory guards."""
+        if self.section.ledger:
+            return []
+        return [entry for entry in ledger.entries() if isinstance(entry, Reserved)]
+
     def _reserve(self, ledger: Ledger, broadcast: Broadcast) -> Reservation:
+        """Spend one merged adapter, or go on with the reservation of an attempt that was stopped.
+
+        Until the round's merged adapter is committed in the run directory nobody has seen it, so a reservation that
+        became nothing is used once more. One that became an adapter is used again only under seeded noise, where it
+        becomes the same one; real noise is drawn anew, and costs again. So does everything in a ledger that other runs
+        share: only the run directory's own is held by one process.
+        """
         section = self.section
         receipt = DpReceipt(event=section.event(), unit=UNIT)
+        committed = _committed(ledger)
+        for entry in self._mine(ledger):
+            same = entry.round == broadcast.round and entry.receipts == (receipt,)
+            if same and (entry.id not in committed or self.setting.mode == "simulation"):
+                return Reservation(id=entry.id, seq=entry.seq, spent=ledger.spent(section.delta))
         try:
             return ledger.reserve(
                 run=broadcast.run,
@@ -296,6 +319,11 @@ def _moved(start: Adapter, names: tuple[str, ...], steps: Sequence[Doubles]) -> 
         moved = {name: (getattr(began, name) + next(step)).astype(np.float32) for name in names}
         layers[layer] = LoraFactors(**{"a": began.a.copy(), **moved})
     return Adapter(layers=layers, alpha=start.alpha, base=start.base)
+
+
+def _committed(ledger: Ledger) -> frozenset[str]:
+    """Return the reservations that became an adapter."""
+    return frozenset(entry.id for entry in ledger.entries() if isinstance(entry, Committed))
 
 
 def _noise(setting: Setting, entry: int) -> NoiseSource:

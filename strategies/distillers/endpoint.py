@@ -61,6 +61,8 @@ TRY_AGAIN = frozenset({408, 409, 425, 429})
 TOO_LONG = ("context_length", "context length", "context window", "maximum context", "too long", "too many tokens")
 FILTERED = ("content_filter", "content management policy", "content_policy", "safety")
 QUOTA = ("insufficient_quota", "billing")
+ANSWERS = "answers.jsonl"
+"""In the run directory: what the endpoint answered, so that a run that goes on pays for nothing twice."""
 FRAMING_TOKENS = 64
 """Tokens of a chat template around two messages; generous, and bounds the reservation only."""
 
@@ -72,7 +74,7 @@ class Endpoint(Section):
 
     `api_key_env` names an environment variable, empty for a server without keys. `max_total_tokens` bounds what the
     cache file and this process together have paid. `cache` is a JSON-lines file, absolute or from the project's root;
-    empty keeps the answers for this process only.
+    empty keeps the answers in the run directory.
     """
 
     kind: Literal["endpoint"]
@@ -100,15 +102,14 @@ class Endpoint(Section):
         return value
 
     def build(self, lab: ServerModels) -> Distiller:
-        """Return the stage, with the key of this process' environment; it asks nothing of the lab.
+        """Return the stage, with the key of this process' environment; of the lab it only needs to know the place.
 
         Raises: ConfigInvalid when the variable is not set or cannot be a key; RunInvalid when the cache is no cache.
         """
-        del lab
         key = os.environ.get(self.api_key_env, "") if self.api_key_env else "none"
         if not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ConfigInvalid(f"distiller: environment variable {self.api_key_env} holds no key; export it")
-        cache = ROOT / self.cache if self.cache else None
+        cache = ROOT / self.cache if self.cache else lab.directory and lab.directory / ANSWERS
         return EndpointDistiller(section=self, api_key=SecretStr(key), cache=cache)
 
 

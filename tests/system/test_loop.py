@@ -25,7 +25,7 @@ from fl_app import lora
 from fl_app.errors import RoundFailed
 from fl_app.journal import read_lines
 from simulations import launch
-from strategies import cohort, pipeline
+from strategies import cohort, collected
 from strategies.aggregators.mean_factors import mean_factors
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ SMALL = (
 ONE_ROUND = (*SMALL, "run.rounds=1")
 MODELS = ("base", "start", "adapter", "target_round_1", "target_round_2", "professional")
 PHASES = ("train", "aggregate", "synthesise", "filter", "distil", "tune", "exam", "broadcast", "total")
+DONE = ("validate", "aggregate", "synthesise", "filter", "distil", "tune", "exam")
 SITES = ("site-0", "site-1")
 
 
@@ -167,12 +168,15 @@ def test_the_run_directory_holds_what_is_documented(first: Told) -> None:
         *("config.toml", "digest.txt", "journal.jsonl", "summary.json", "report.html", "target/README.md"),
         *(f"target/{name}" for name in peft),
         *(f"rounds/{number}/{name}" for number in (1, 2) for name in (*releases, *adapters, *texts)),
+        *(f"rounds/{number}/done/{phase}.json" for number in (1, 2) for phase in (*DONE, "publish")),
+        *(f"rounds/0/done/{phase}.json" for phase in ("open", "exam")),
+        *(".lock", "launch.json"),
     }
 
     found = {str(path.relative_to(first.directory)) for path in first.directory.rglob("*") if path.is_file()}
 
     assert found == expected
-    assert all((first.directory / name).stat().st_size for name in found)
+    assert all((first.directory / name).stat().st_size for name in found - {".lock"})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -233,7 +237,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def test_the_journal_tells_the_phases_in_order(first: Told) -> None:
     events = _events(first.directory)
     phases = [(event["round"], event["phase"]) for event in events if event["event"] == "phase_finished"]
-    server = ("aggregate", "synthesise", "filter", "distil", "tune", "exam")
+    server = ("validate", "aggregate", "synthesise", "filter", "distil", "tune", "exam")
 
     assert phases == [
         (0, "exam"),
@@ -621,12 +625,12 @@ def test_a_corpus_without_rows_exits_2(workplace: Path) -> None:
 
 
 def test_a_rejected_site_is_reported_and_what_it_spent_counts(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = pipeline.broken_rule
+    plain = collected.broken_rule
 
     def strict(upload: Any, **more: Any) -> str:
         return "shape: injected" if upload.site == "site-1" else plain(upload, **more)
 
-    monkeypatch.setattr(pipeline, "broken_rule", strict)
+    monkeypatch.setattr(collected, "broken_rule", strict)
     summary = launch.play(_prepare("rejected", ONE_ROUND))
 
     (first,) = summary["rounds"]

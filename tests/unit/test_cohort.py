@@ -12,7 +12,8 @@ from fl_app import wire
 from fl_app.errors import RoundFailed
 from fl_app.types import Hello, Refusal
 from simulations.local_grid import FIRST_NODE, LocalGrid
-from strategies.cohort import exchange, gather
+from strategies.cohort import exchange, gather, refresh
+from strategies.collected import needed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,8 +52,11 @@ class SlowGrid(LocalGrid):
         self.looks = at_once
         self.asked: list[int] = []
         self._deaf = deaf
+        self.present: set[int] | None = None
 
     def get_node_ids(self) -> Iterable[int]:
+        if self.present is not None:
+            return sorted(self.present)
         self.looks += 1
         return sorted(super().get_node_ids(), reverse=True)[: self.looks - 1]
 
@@ -88,16 +92,26 @@ def test_too_few_nodes_fail_in_time() -> None:
     grid = _all_there(["mill", "inn"])
     began = time.monotonic()
 
-    with pytest.raises(RoundFailed, match=r"2 of 3 nodes after 0\.2 s; see server\.network\.sites and wait_s"):
+    with pytest.raises(RoundFailed, match=r"2 of 3 nodes after 0\.2 s, 3 needed; see server\.network\.sites"):
         gather(grid, sites=3, wait_s=0.2, poll_s=POLL_S)
 
     assert 0.2 <= time.monotonic() - began < 5.0
     assert grid.asked == []
 
 
-def test_two_nodes_of_one_name_are_refused() -> None:
-    with pytest.raises(RoundFailed, match="two nodes claim the name mill; give every"):
-        gather(_all_there(["mill", "inn", "mill"]), sites=3, wait_s=5.0, poll_s=POLL_S)
+def test_a_run_begins_without_nodes_that_a_quorum_does_not_need() -> None:
+    cohort = gather(_all_there(["mill", "inn"]), sites=3, wait_s=0.2, poll_s=POLL_S, quorum=0.6)
+
+    assert cohort.sites() == ["inn", "mill"]
+
+
+def test_of_two_nodes_with_one_name_neither_takes_part() -> None:
+    cohort = gather(_all_there(["mill", "inn", "mill"]), sites=3, wait_s=5.0, poll_s=POLL_S)
+
+    assert cohort.sites() == ["inn"]
+    assert [cohort.unready[FIRST_NODE + node] for node in (0, 2)] == [
+        "two nodes claim the name mill; give every site.toml its own site.name"
+    ] * 2
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]])
@@ -130,6 +144,64 @@ def test_a_node_too_many_is_asked_as_well() -> None:
     cohort = gather(_all_there(["mill", "inn", "farm"]), sites=2, wait_s=5.0, poll_s=POLL_S)
 
     assert len(cohort.hellos) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "quorum", "expected"), [(100, 0.07, 7), (4, 0.5, 2), (5, 0.5, 3), (3, 1.0, 3), (9, 0.01, 1)]
+)
+def test_a_quorum_is_a_whole_number(asked: int, quorum: float, expected: int) -> None:
+    assert needed(asked, quorum) == expected
+
+
+# --- refresh
+
+
+def test_a_node_that_is_gone_is_not_asked_and_one_that_is_back_is() -> None:
+    grid = _all_there(["mill", "inn"])
+    cohort = gather(grid, sites=2, wait_s=5.0, poll_s=POLL_S)
+    asked = list(grid.asked)
+
+    grid.present = {FIRST_NODE}
+    without = refresh(grid, cohort, wait_s=5.0, poll_s=POLL_S)
+    grid.present = None
+    back = refresh(grid, without, wait_s=5.0, poll_s=POLL_S)
+
+    assert (without.nodes(), without.sites()) == ([FIRST_NODE], ["inn", "mill"])
+    assert back.nodes() == cohort.nodes()
+    assert grid.asked == asked  # whoever is known is not asked again
+
+
+def test_a_node_that_comes_later_introduces_itself() -> None:
+    grid = _all_there(["mill", "inn", "farm"])
+    grid.present = {FIRST_NODE, FIRST_NODE + 1}
+    cohort = gather(grid, sites=2, wait_s=5.0, poll_s=POLL_S)
+    grid.present = None
+
+    assert refresh(grid, cohort, wait_s=5.0, poll_s=POLL_S).sites() == ["farm", "inn", "mill"]
+
+
+def test_a_site_that_comes_back_as_another_node_takes_its_place() -> None:
+    grid = _all_there(["mill", "inn", "mill"])
+    grid.present = {FIRST_NODE, FIRST_NODE + 1}
+    cohort = gather(grid, sites=2, wait_s=5.0, poll_s=POLL_S)
+    grid.present = {FIRST_NODE + 1, FIRST_NODE + 2}
+
+    back = refresh(grid, cohort, wait_s=5.0, poll_s=POLL_S)
+
+    assert back.hellos.keys() == {FIRST_NODE + 1, FIRST_NODE + 2}
+    assert (back.sites(), back.unready) == (["inn", "mill"], {})
+
+
+def test_a_second_node_with_the_name_of_one_that_is_there_stays_out() -> None:
+    grid = _all_there(["mill", "inn", "mill"])
+    grid.present = {FIRST_NODE, FIRST_NODE + 1}
+    cohort = gather(grid, sites=2, wait_s=5.0, poll_s=POLL_S)
+    grid.present = None
+
+    after = refresh(grid, cohort, wait_s=5.0, poll_s=POLL_S)
+
+    assert after.nodes() == cohort.nodes()
+    assert after.unready[FIRST_NODE + 2].startswith("two nodes claim the name mill")
 
 
 # --- exchange

@@ -1,0 +1,154 @@
+"""What one wave of training brought, and what the server made of it; the second as a file keeps it.
+
+`Collected` comes from the wire. `Judged` is what stands after validation: sound uploads with their releases on disk,
+and for everybody else a reason. It is written into the run directory and read back, so a round that was stopped goes
+on without asking any site again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from fl_app import journal, lora
+from fl_app.privacy.events import receipt_from_dict, receipt_to_dict
+from fl_app.types import AdapterRelease, Refusal, Upload
+from strategies.validate import broken_rule, cost_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from fl_app.lora import LoraSpec
+    from strategies.spending import Spending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Collected:
+    """What one wave of training brought, by site: uploads, refusals, broken messages, silence, bytes, seconds."""
+
+    uploads: tuple[Upload, ...]
+    refusals: tuple[Refusal, ...]
+    broken: Mapping[str, str]
+    silent: tuple[str, ...]
+    asked: int
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Judged:
+    """A wave after validation. `booked` is what a rejected site has spent at the least; `seconds` as in `Collected`.
+
+    `heard` are the sites that sent an upload, sound or not.
+    """
+
+    sound: tuple[Upload, ...]
+    rejected: Mapping[str, str]
+    booked: Mapping[str, float]
+    refusals: tuple[Refusal, ...]
+    broken: tuple[str, ...]
+    silent: tuple[str, ...]
+    heard: tuple[str, ...]
+    asked: int
+    bytes_up: Mapping[str, int]
+    bytes_down: Mapping[str, int]
+    seconds: float
+
+
+def needed(asked: int, quorum: float) -> int:
+    """Return how many of `asked` a quorum is; 0.07 of 100 is 7, whatever floats say."""
+    return max(1, math.ceil(asked * quorum - 1e-9))
+
+
+def judge(
+    collected: Collected, *, round_number: int, spec: LoraSpec, spending: Spending, accept_non_private: bool
+) -> Judged:
+    """Return what stands of a wave: each upload held against the server's own spec and the site's history."""
+    sound: list[Upload] = []
+    rejected, booked = dict(collected.broken), dict[str, float]()
+    for upload in sorted(collected.uploads, key=lambda item: item.site):
+        hello = spending.sites.get(upload.site)
+        rule = broken_rule(
+            upload,
+            spec=spec,
+            site=hello,
+            round_number=round_number,
+            earlier=spending.receipts.get(upload.site, ()),
+            accept_non_private=accept_non_private,
+        )
+        if not rule:
+            sound.append(upload)
+            continue
+        rejected[upload.site] = rule
+        if hello is not None:  # released all the same, and nobody will use it
+            booked[upload.site] = cost_of(upload, hello.delta)
+    return Judged(
+        sound=tuple(sound),
+        rejected=rejected,
+        booked=booked,
+        refusals=collected.refusals,
+        broken=tuple(collected.broken),
+        silent=collected.silent,
+        heard=tuple(upload.site for upload in collected.uploads),
+        asked=collected.asked,
+        bytes_up=collected.bytes_up,
+        bytes_down=collected.bytes_down,
+        seconds=collected.seconds,
+    )
+
+
+def release_folder(folder: Path, site: str) -> Path:
+    """Return where a site's release lies in a round's directory."""
+    return folder / "releases" / site
+
+
+def write_release(folder: Path, upload: Upload, *, base_name: str) -> Path:
+    """Write a sound release and its receipts into a round's directory and return where."""
+    assert isinstance(upload.release, AdapterRelease)
+    place = release_folder(folder, upload.site)
+    lora.save_peft(upload.release.adapter, place, base_name=base_name)
+    receipts = upload.receipts
+    told = None if receipts is None else [receipt_to_dict(receipt) for receipt in receipts]
+    journal.write_json(place / "receipts.json", told)
+    return place
+
+
+def to_json(judged: Judged) -> dict[str, Any]:
+    """Return everything but the releases themselves and the time it took."""
+    value = {key: getattr(judged, key) for key in ("rejected", "booked", "broken", "silent", "heard", "asked")}
+    value |= {key: getattr(judged, key) for key in ("bytes_up", "bytes_down")}
+    value["refusals"] = [asdict(refusal) for refusal in judged.refusals]
+    value["sound"] = [{"site": one.site, "spent": one.spent, "round": one.round} for one in judged.sound]
+    return value
+
+
+def from_json(value: Mapping[str, Any], folder: Path, *, seconds: float) -> Judged:
+    """Return what `to_json` told, with the releases and receipts of a round's directory."""
+    return Judged(
+        sound=tuple(_upload(one, release_folder(folder, one["site"])) for one in value["sound"]),
+        rejected=dict(value["rejected"]),
+        booked={site: float(spent) for site, spent in value["booked"].items()},
+        refusals=tuple(Refusal(**refusal) for refusal in value["refusals"]),
+        broken=tuple(value["broken"]),
+        silent=tuple(value["silent"]),
+        heard=tuple(value["heard"]),
+        asked=int(value["asked"]),
+        bytes_up=dict(value["bytes_up"]),
+        bytes_down=dict(value["bytes_down"]),
+        seconds=seconds,
+    )
+
+
+def _upload(told: Mapping[str, Any], place: Path) -> Upload:
+    receipts = cast("list[dict[str, Any]] | None", json.loads((place / "receipts.json").read_text(encoding="utf-8")))
+    return Upload(
+        site=told["site"],
+        round=told["round"],
+        release=AdapterRelease(adapter=lora.load_peft(place)),
+        receipts=None if receipts is None else tuple(receipt_from_dict(receipt) for receipt in receipts),
+        spent=float(told["spent"]),
+    )
