@@ -207,7 +207,7 @@ def _killed_in_dispatch(patch: pytest.MonkeyPatch, point: str) -> None:
     def deadly_answer(self: LocalGrid, message: Any) -> Any:
         if point == "inside" and of_round(message):
             seen["train"] += 1
-            if seen["train"] == 2:  # noqa: PLR2004 - the first site has trained and answered
+            if seen["train"] == 2:  # the first site has trained and answered
                 _die()
         return answer(self, message)
 
@@ -387,7 +387,7 @@ def test_a_run_without_sites_cannot_go_on(stopped: Prepared) -> None:
     before = told.read_text()
     try:
         told.write_text(json.dumps({**json.loads(before), "sites": str(stopped.directory / "nowhere")}))
-        with pytest.raises(RunInvalid, match="sites of this run are gone: .*nowhere; restore them"):
+        with pytest.raises(RunInvalid, match=r"sites of this run are gone: .*nowhere; restore them"):
             launch.resume(stopped.directory)
     finally:
         told.write_text(before)
