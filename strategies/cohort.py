@@ -14,6 +14,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 from fl_app import wire
 from fl_app.errors import RoundFailed, WireViolation
+from fl_app.text import one_line
 from fl_app.types import Hello, Refusal
 
 if TYPE_CHECKING:
@@ -41,18 +42,29 @@ def exchange(
     timeout_s: float,
     poll_s: float,
     on_reply: Callable[[Message], None],
+    on_stray: Callable[[Message], None] = lambda _: None,
 ) -> None:
     """Send messages and hand over each reply as it comes, until all are here or `timeout_s` has passed.
 
+    A reply is the first one that the node asked gives to its own message. Any other goes to `on_stray`: of a node that
+    was not asked, to a message of an earlier wave, or a second one.
     Flower's `send_and_receive` sleeps three seconds between polls; this polls every `poll_s`.
     """
-    pending = {mid for mid in grid.push_messages(messages) if mid}
+    wave = list(messages)
+    asked = {mid: one.metadata.dst_node_id for one, mid in zip(wave, grid.push_messages(wave), strict=False) if mid}
+    pending = set(asked)
     deadline = time.monotonic() + timeout_s
     while pending:
         for reply in grid.pull_messages(list(pending)):
-            if reply.metadata.reply_to_message_id in pending:
-                pending.discard(reply.metadata.reply_to_message_id)
+            answered, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+            if answered in pending and asked[answered] == node:
+                pending.discard(answered)
                 on_reply(reply)
+            else:
+                # Flower's own word, in no node's name, that a reply was lost on its way: no use to wait for it.
+                if reply.has_error() and node not in asked.values():
+                    pending.discard(answered)
+                on_stray(reply)
         if not pending or time.monotonic() >= deadline:
             return
         time.sleep(poll_s)
@@ -61,7 +73,9 @@ def exchange(
 def gather(grid: Grid, *, sites: int, wait_s: float, poll_s: float) -> Cohort:
     """Wait for `sites` nodes, ask each for its name, and return the cohort.
 
-    Raises: RoundFailed when fewer nodes are there in time, or two of them claim one name.
+    A name that two nodes claim is nobody's: both are left out and named, as nothing here could tell whose it is.
+
+    Raises: RoundFailed when fewer nodes are there in time.
     """
     deadline = time.monotonic() + wait_s
     while len(nodes := sorted(grid.get_node_ids())) < sites:
@@ -82,9 +96,10 @@ def gather(grid: Grid, *, sites: int, wait_s: float, poll_s: float) -> Cohort:
         else:
             unready[node] = answer
     names = [hello.site for hello in hellos.values()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RoundFailed(f"two nodes claim the name {', '.join(twice)}; give every site.toml its own site.name")
+    for node, hello in list(hellos.items()):
+        if names.count(hello.site) > 1:
+            unready[node] = f"duplicate: two nodes claim the name {hello.site}; give every site.toml its own site.name"
+            del hellos[node]
     return Cohort(hellos=hellos, unready=unready)
 
 
@@ -95,4 +110,4 @@ def _read(content: RecordDict) -> Hello | str:
             return reply.code if isinstance(reply, Refusal) else "unreadable"
         return wire.unpack_hello(content)
     except WireViolation as error:
-        return f"wire: {error}"
+        return one_line(f"{error.rule}: {error}")

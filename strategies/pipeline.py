@@ -28,7 +28,7 @@ from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_receipts, of_site, rounded_up
 from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, Broadcast, RoundRecord
-from strategies.validate import broken_rule, cost_of
+from strategies.validate import Rejection, broken_rule, cost_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Draft, Hello, Lesson, Merged, Refusal, Score, Upload
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
+    from strategies.reach import UpdateCap
     from strategies.stages import Aggregator, Distiller, Filter, Synthesizer, Tuner
 
 
@@ -60,16 +61,20 @@ class Stages:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Collected:
-    """What one wave of training brought, by site: uploads, refusals, broken messages, silence, bytes, seconds."""
+    """What one wave of training brought, by site: uploads, refusals, broken messages, silence, bytes, seconds.
+
+    `strays` are replies that nobody was asked for: they are named, and change nothing for the site that sent them.
+    """
 
     uploads: tuple[Upload, ...]
     refusals: tuple[Refusal, ...]
-    broken: Mapping[str, str]
+    broken: Mapping[str, Rejection]
     silent: tuple[str, ...]
     asked: int
     bytes_up: Mapping[str, int]
     bytes_down: Mapping[str, int]
     seconds: float
+    strays: tuple[Rejection, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -88,6 +93,7 @@ class Pipeline:
     start: Adapter
     quorum: float
     accept_non_private: bool = False
+    cap: UpdateCap | None = None
     target: Adapter = field(init=False)
     sites: dict[str, Hello] = field(default_factory=dict)
     receipts: dict[str, list[DpReceipt]] = field(default_factory=dict)
@@ -100,6 +106,7 @@ class Pipeline:
     non_private: set[str] = field(default_factory=set)
     client_level: list[ClientLevelCost] = field(default_factory=list)
     unready: dict[str, str] = field(default_factory=dict)
+    rejections: dict[int, list[Rejection]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -196,42 +203,55 @@ class Pipeline:
         with self.phase(number, "aggregate", seconds):
             sound: list[Upload] = []
             rejected = dict(collected.broken)
+            broadcast, seen = self.broadcast(number), self._seen(number)
             for upload in sorted(collected.uploads, key=lambda item: item.site):
-                rule = broken_rule(
+                broken = broken_rule(
                     upload,
+                    broadcast=broadcast,
                     spec=self.spec,
                     site=self.sites.get(upload.site),
-                    round_number=number,
+                    cap=self.cap,
                     earlier=self.receipts.get(upload.site, ()),
+                    seen=seen,
                     accept_non_private=self.accept_non_private,
                 )
-                if rule:
-                    rejected[upload.site] = rule
+                if broken:
+                    rejected[upload.site] = broken
                     self._book_rejected(upload)
                 else:
                     sound.append(upload)
+                    assert isinstance(upload.release, AdapterRelease)
+                    seen[lora.sha256(upload.release.adapter)] = f"the release of {upload.site}"
             self._enter(number, sound, rejected, collected, folder)
             need = max(1, -(-collected.asked * self.quorum // 1))
             if len(sound) < need:
                 refused = ", ".join(f"{one.site}: {one.code}" for one in collected.refusals)
+                turned_away = ", ".join(f"{site}: {broken.rule}" for site, broken in rejected.items())
                 raise RoundFailed(
                     f"round {number}: {len(sound)} of {collected.asked} sites sent a sound upload, {need:g} needed "
-                    f"(refused: {refused or 'none'}; rejected: {', '.join(rejected) or 'none'}; silent: "
+                    f"(refused: {refused or 'none'}; rejected: {turned_away or 'none'}; silent: "
                     f"{', '.join(collected.silent) or 'none'}; never ready: "
                     f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept."
                 )
             merged = self.stages.aggregator(sound, self.broadcast(number))
             for site, rule in merged.rejected.items():
                 self._site(number, site, "rejected", code=rule)
-            merged = dataclasses.replace(merged, rejected={**rejected, **merged.rejected})
+            told = {site: str(broken) for site, broken in rejected.items()}
+            merged = dataclasses.replace(merged, rejected={**told, **merged.rejected})
             self._charge(number, merged.cost)
             lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
         return merged
 
     def _enter(
-        self, number: int, sound: Sequence[Upload], rejected: Mapping[str, str], collected: Collected, folder: Path
+        self,
+        number: int,
+        sound: Sequence[Upload],
+        rejected: Mapping[str, Rejection],
+        collected: Collected,
+        folder: Path,
     ) -> None:
         """Write each sound release and its receipts into the run directory, and tell the journal about every site."""
+        self.rejections[number] = [*rejected.values(), *collected.strays]
         for upload in sound:
             assert isinstance(upload.release, AdapterRelease)
             receipts = upload.receipts
@@ -264,8 +284,10 @@ class Pipeline:
         self.unheard |= {refusal.site for refusal in collected.refusals if refusal.code in {"internal", "ledger"}}
         for refusal in collected.refusals:
             self._site(number, refusal.site, "refused", code=refusal.code)
-        for site, rule in rejected.items():
-            self._site(number, site, "rejected", code=rule)
+        for site, broken in rejected.items():
+            self._site(number, site, "rejected", code=str(broken), rule=broken.rule, tensor=broken.tensor)
+        for stray in collected.strays:
+            self.journal.event("stray", round=number, **dataclasses.asdict(stray))
         for site in collected.silent:
             self._site(number, site, "silent")
 
@@ -282,6 +304,18 @@ class Pipeline:
             **of_receipts([cost.receipt], delta=cost.delta, accountant=pld.label()).fields(),
             scope=cost.scope,
         )
+
+    def _seen(self, number: int) -> dict[str, str]:
+        """Return every adapter of former rounds by its hash: no release of this one can be one of them."""
+        seen = {lora.sha256(self.start): "the adapter that the run began with"}
+        for record in self.records:
+            seen |= {
+                record.hashes[name]: f"the {name} adapter of round {record.round}" for name in ("merged", "target")
+            }
+        for one in self.released:
+            if one["round"] < number:
+                seen[one["sha256"]] = f"the release of {one['site']} in round {one['round']}"
+        return seen
 
     def _book_rejected(self, upload: Upload) -> None:
         """Raise what a site has spent by a release that nobody will use; what its ledger holds may be more."""
@@ -349,6 +383,7 @@ class Pipeline:
             bytes_down=dict(collected.bytes_down),
             hashes=hashes,
             client_epsilon=merged.cost.spent if merged.cost else None,
+            rejections=tuple(dataclasses.asdict(one) for one in self.rejections.get(number, ())),
         )
 
     @contextmanager
