@@ -265,7 +265,9 @@ def _check_size(content: RecordDict, spec: LoraSpec | None) -> None:
         arrays = 2 * len(spec.shapes)
         most = 2 * sum(4 * spec.rank * (d_in + d_out) for d_in, d_out in spec.shapes.values()) + MANIFEST_BYTES
         if (found := num_bytes(content)) > most:
-            raise WireViolation(f"arrays take {found} bytes, at most {most}", rule="size")
+            sizes = {key: len(one.data) for record in content.array_records.values() for key, one in record.items()}
+            longest = max(sizes, key=lambda key: sizes[key])
+            raise WireViolation(f"is the longest of {found} bytes, at most {most}", rule="size", tensor=longest)
     most = MANIFEST_BYTES + PER_ARRAY_BYTES * arrays
     found = sum(len(str(name)) + _beside(record) for name, record in content.items())
     if found > most:

@@ -46,6 +46,7 @@ class Knowledge(Strategy):
         self._bytes_down = 0
         self._seconds = 0.0
         self._strays: list[Message] = []
+        self._ids: set[str] = set()
 
     def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
         """Play every round of the configuration and return Flower's result (the last target's arrays).
@@ -158,6 +159,7 @@ class Knowledge(Strategy):
                 on_reply=progress,
                 on_stray=self._strays.append,
             )
+            self._ids = {message.metadata.message_id for message in wave}
             self._seconds = round(time.monotonic() - began, 3)
         return done
 
@@ -165,21 +167,27 @@ class Knowledge(Strategy):
         """Return the one reply of each site to this wave, by name in order, and who else said something."""
         first: dict[str, Message] = {}
         strays: list[Rejection] = []
-        for reply, stray in [*((one, False) for one in replies), *((one, True) for one in self._strays)]:
-            node, group = reply.metadata.src_node_id, reply.metadata.group_id
-            hello = self.cohort.hellos.get(node)
-            if hello is None:
-                strays.append(Rejection(site=f"node {node}", rule="member", reason="not a node of this run"))
-            elif hello.site in first:
-                told = "one reply of it was read already; a site has one a round"
-                strays.append(Rejection(site=hello.site, rule="duplicate", reason=told))
-            elif stray or group != str(number):
-                told = f"answers wave {group[:20]!r} when it is over, this is {number}"
-                strays.append(Rejection(site=hello.site, rule="deadline", reason=told))
-            else:
+        for reply in replies:
+            hello = self.cohort.hellos.get(reply.metadata.src_node_id)
+            if hello and hello.site not in first and reply.metadata.group_id == str(number):
                 first[hello.site] = reply
+            else:
+                strays.append(self._stray(reply, number))
+        strays += [self._stray(reply, number) for reply in self._strays]
         self._strays.clear()
         return dict(sorted(first.items())), strays
+
+    def _stray(self, reply: Message, number: int) -> Rejection:
+        """Return why a reply is nobody's answer to this wave."""
+        told = reply.metadata
+        hello = self.cohort.hellos.get(told.src_node_id)
+        if hello is None:
+            return Rejection(site=f"node {told.src_node_id}", rule="member", reason="not a node of this run")
+        if told.group_id != str(number) or (self._ids and told.reply_to_message_id not in self._ids):
+            return Rejection(site=hello.site, rule="deadline", reason="came when its wave was over")
+        return Rejection(
+            site=hello.site, rule="duplicate", reason="a site has one reply to a wave, and to its own message"
+        )
 
     def _collect(self, number: int, replies: Iterable[Message]) -> Collected:
         """Sort the replies of a wave into uploads, refusals, broken messages, strays and silence."""
