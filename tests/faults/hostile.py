@@ -51,6 +51,7 @@ RECEIPT = DpReceipt(
     event=PoissonGaussian(noise_multiplier=4.0, sample_rate=1.0, steps=STEPS, clip_norm=1.0), unit="record"
 )
 COST = pld.epsilon([RECEIPT], DELTA)
+"""Of one round; the honest say in every round what all up to it cost."""
 SETTINGS = (
     "run.rounds=1",
     f"client.learner.steps={STEPS}",
@@ -127,7 +128,12 @@ def upload(broadcast: Broadcast, site: str, adapter: Adapter | None = None, **ch
     """Return the honest answer of a site to a broadcast, or one that differs from it as said."""
     release = AdapterRelease(adapter=adapter or moved(broadcast.adapter, seed=NAMES.index(site)))
     honest = Upload(
-        site=site, run=broadcast.named, round=broadcast.round, release=release, receipts=(RECEIPT,), spent=COST
+        site=site,
+        run=broadcast.named,
+        round=broadcast.round,
+        release=release,
+        receipts=(RECEIPT,),
+        spent=pld.epsilon([RECEIPT] * broadcast.round, DELTA),
     )
     return dataclasses.replace(honest, **changes)
 
@@ -185,13 +191,11 @@ class Stage:
 
     place: Path
 
-    def tree(self, directory: Path) -> dict[str, Any]:
-        public = [f'server.exam.path="{self.place}/exam.jsonl"', f'server.synthesizer.codes="{self.place}/codes.jsonl"']
-        return read_tree("configs/smoke.toml", "\n".join([*SETTINGS, *public, f'run.directory="{directory}"']))
-
-    def play(self, grid: Hostile) -> Played:
+    def play(self, grid: Hostile, *overrides: str) -> Played:
         directory = self.place / f"run-{len(list(self.place.iterdir()))}"
-        tree = self.tree(directory)
+        public = [f'server.exam.path="{self.place}/exam.jsonl"', f'server.synthesizer.codes="{self.place}/codes.jsonl"']
+        places = [*public, f'run.directory="{directory}"']
+        tree = read_tree("configs/smoke.toml", "\n".join([*SETTINGS, *places, *overrides]))
         server = read_server(tree)
         pipeline = build_pipeline(tree, shared(tree), server, run="run-a")
         Knowledge(pipeline, server.network).start(grid, ArrayRecord())
