@@ -155,7 +155,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     learner = asked.learner.build()
     _check_policy(policy, learner, broadcast, shared)
     # A name used again for another configuration is another run: ledger, kept noise, cap and outbox all go by this.
-    broadcast = dataclasses.replace(broadcast, run=f"{broadcast.run}.{broadcast.config_digest[:16]}")
+    broadcast = dataclasses.replace(broadcast, run=broadcast.named)
     ledger = site.ledger(policy)
     resend = _resend(site, policy, ledger, broadcast)
     if resend is not None:
@@ -203,6 +203,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         release=release,
         receipts=(receipt,) if receipt else None,
         spent=ledger.spent(policy.privacy.delta),
+        run=broadcast.run,
     )
 
 
@@ -329,6 +330,7 @@ def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast
                 release=release,
                 receipts=None if entry.receipts == open_entry else entry.receipts,
                 spent=ledger.spent(policy.privacy.delta),
+                run=broadcast.run,
             )
     return None
 

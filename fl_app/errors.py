@@ -41,7 +41,11 @@ class OriginShadowed(StillroomError):
 
 
 class WireViolation(StillroomError):
-    """A message holds a key, kind or shape that may not travel."""
+    """A message holds a key, kind or shape that may not travel: `rule` names what it broke, `tensor` where."""
+
+    def __init__(self, reason: str, *, rule: str = "keys", tensor: str = "") -> None:
+        super().__init__(f"{tensor[:80]!r} {reason}" if tensor else reason)
+        self.reason, self.rule, self.tensor = reason, rule, tensor
 
 
 class AdapterMismatch(StillroomError):

@@ -42,6 +42,18 @@ class LoraSpec:
     base: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Where an adapter is not of a spec: the rule it breaks, the factor where there is one, and how."""
+
+    rule: str
+    reason: str
+    tensor: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.tensor} {self.reason}" if self.tensor else f"{self.rule}: {self.reason}"
+
+
 def spec_of(frozen: FrozenModel, section: LoraSection) -> LoraSpec:
     """Return the spec of [lora] on this model.
 
@@ -110,18 +122,36 @@ def check_alike(adapters: Sequence[Adapter], *, same_rank: bool = True) -> None:
 
 def check_spec(adapter: Adapter, spec: LoraSpec) -> None:
     """Raise `AdapterMismatch` unless the adapter has exactly the shape of `spec`, naming the first difference."""
+    if found := difference(adapter, spec):
+        raise AdapterMismatch(str(found))
+
+
+def difference(adapter: Adapter, spec: LoraSpec) -> Difference | None:
+    """Return the first way in which an adapter is not of `spec`, None when it is; its values must all be finite."""
     if adapter.base != spec.base:
-        raise AdapterMismatch(f"base: {adapter.base[:12]}, ours is {spec.base[:12]}")
-    if adapter.layers.keys() != spec.shapes.keys():
-        raise AdapterMismatch(f"layers: differ in {sorted(adapter.layers.keys() ^ spec.shapes.keys())[:2]}")
+        return Difference(rule="base", reason=f"{adapter.base[:12]}, ours is {spec.base[:12]}")
+    if odd := sorted(adapter.layers.keys() ^ spec.shapes.keys()):
+        told = "is missing" if odd[0] in spec.shapes else "is none of ours"
+        return Difference(rule="layers", tensor=odd[0], reason=told)
     if adapter.alpha != spec.alpha:
-        raise AdapterMismatch(f"alpha: {adapter.alpha}, ours is {spec.alpha}")
-    for name, (d_in, d_out) in spec.shapes.items():
+        return Difference(rule="alpha", reason=f"{adapter.alpha}, ours is {spec.alpha}")
+    shapes = factor_shapes(spec)
+    for name in spec.shapes:
         factors = adapter.layers[name]
-        if factors.a.shape != (spec.rank, d_in) or factors.b.shape != (d_out, spec.rank):
-            raise AdapterMismatch(f"shape: {name} is {factors.a.shape} and {factors.b.shape}")
-        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-            raise AdapterMismatch(f"finite: {name} holds NaN or infinity")
+        for tensor, values in ((f"{name}.a", factors.a), (f"{name}.b", factors.b)):
+            if values.shape != shapes[tensor]:
+                return Difference(rule="shape", tensor=tensor, reason=f"is {values.shape}, ours is {shapes[tensor]}")
+            if not np.isfinite(values).all():
+                return Difference(rule="finite", tensor=tensor, reason="holds NaN or infinity")
+    return None
+
+
+def factor_shapes(spec: LoraSpec) -> dict[str, tuple[int, int]]:
+    """Return the shape of every factor of a spec, by `<layer>.a` and `<layer>.b`."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, (d_in, d_out) in sorted(spec.shapes.items()):
+        shapes[f"{name}.a"], shapes[f"{name}.b"] = (spec.rank, d_in), (d_out, spec.rank)
+    return shapes
 
 
 def delta(adapter: Adapter, layer: str) -> np.ndarray:

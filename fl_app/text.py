@@ -1,4 +1,4 @@
-"""Small facts about text that several methods ask for: words, n-grams, sentence ends, links.
+"""Small facts about text that several methods ask for: words, n-grams, sentence ends, links, one safe line.
 
 Language: words are runs of letters or digits of any script; sentence ends are the marks of western and Chinese text.
 Out of scope: tokenizers of models (`fl_app.models`), and judging text (`strategies.filters`).
@@ -50,6 +50,15 @@ def common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
         match = row & places.get(word, 0)
         row = ((row + match) | (row - match)) & full
     return len(left) - row.bit_count()
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Return the first `limit` characters of a text from elsewhere, with a question mark for each that does not print.
+
+    Guarantee: no line ends, control characters, terminal escapes, or marks that turn the direction of writing, so no
+    log line, table or terminal shows something other than what it holds.
+    """
+    return "".join(one if one.isprintable() else "?" for one in text[:limit])
 
 
 def ends_sentence(text: str) -> bool:

@@ -129,6 +129,7 @@ class Upload:
 
     `spent` is the epsilon, at the site's delta, of everything its ledger ever reserved, this round included: a
     function of public constants, claimed by the site. The server recomputes what this run's receipts add up to.
+    `run` is the run and configuration that it answers, as `Broadcast.named`.
     """
 
     site: str
@@ -136,6 +137,7 @@ class Upload:
     release: Release
     receipts: tuple[DpReceipt, ...] | None
     spent: float
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +256,11 @@ class Broadcast:
     adapter: Adapter
     config_digest: str
 
+    @property
+    def named(self) -> str:
+        """The run as ledgers, outboxes and uploads know it: its name used for another configuration is another run."""
+        return f"{self.run}.{self.config_digest[:16]}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
@@ -271,6 +278,7 @@ class RoundRecord:
     """One line of the journal: what a round did, in figures that may all be published.
 
     `client_epsilon` is what the merged adapters so far cost every site, where the aggregator adds noise; else None.
+    `rejections` are all replies that were turned away, each with its site, rule, tensor and reason.
     """
 
     round: int
@@ -289,3 +297,4 @@ class RoundRecord:
     bytes_down: Mapping[str, int]
     hashes: Mapping[str, str]
     client_epsilon: float | None = None
+    rejections: tuple[Mapping[str, str], ...] = ()

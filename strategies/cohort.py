@@ -24,6 +24,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 from fl_app import wire
 from fl_app.errors import RoundFailed, WireViolation
+from fl_app.text import one_line
 from fl_app.types import Hello, Refusal
 from strategies.collected import needed
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
     from flwr.serverapp import Grid
 
-LOST = frozenset({3, 5, 8})
-"""Flower's codes for a reply that will not come, from a node that may come back: MESSAGE_UNAVAILABLE,
-NODE_UNAVAILABLE, CLIENT_APP_CRASHED. A message once fetched by a node is not delivered again (specs `flower.md` 4)."""
+LOST = frozenset({3, 4, 5, 8})
+"""Flower's codes for a reply that will not come, from a node that may come back: MESSAGE_UNAVAILABLE, the same of a
+reply, NODE_UNAVAILABLE, CLIENT_APP_CRASHED. What a node fetched once is not delivered again (specs `flower.md` 4)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,27 +65,37 @@ def exchange(
     timeout_s: float,
     poll_s: float,
     on_reply: Callable[[Message], None],
+    on_stray: Callable[[Message], None] = lambda _: None,
     again: Callable[[Message, float], Message] | None = None,
 ) -> None:
     """Send messages and hand over each reply as it comes, until all are here or `timeout_s` has passed.
 
-    Flower's `send_and_receive` sleeps three seconds between polls; this polls every `poll_s`. `again` makes the second
-    message to a node that was lost after it had the first, with the seconds that are left; each is asked twice at most.
+    A reply is the first one that the node asked gives to its own message. Any other goes to `on_stray`: of a node that
+    was not asked, to a message of an earlier wave, or a second one. Flower's own word that a reply will not come, which
+    it says in no node's name, ends the wait for it. `again` makes the second message to a node that was lost after it
+    had the first, with the seconds that are left; each is asked twice at most.
+    Flower's `send_and_receive` sleeps three seconds between polls; this polls every `poll_s`.
     """
     deadline = time.monotonic() + timeout_s
     pending = _push(grid, messages)
+    asked = {message.metadata.dst_node_id for message in messages}
     lost: dict[int, tuple[Message, Message]] = {}  # by node: what it was asked, and the error that came back
     asked_again: set[int] = set()
     while pending or lost:
         for reply in grid.pull_messages(list(pending)) if pending else ():
-            message = pending.pop(reply.metadata.reply_to_message_id, None)
-            if message is None:
+            answered, source = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
+            message = pending.get(answered)
+            node = message.metadata.dst_node_id if message else 0
+            if message is None or (source != node and (source in asked or not reply.has_error())):
+                on_stray(reply)
                 continue
-            node = message.metadata.dst_node_id
-            if again is not None and reply.has_error() and reply.error.code in LOST and node not in asked_again:
+            del pending[answered]
+            if again and reply.has_error() and reply.error.code in LOST and node not in asked_again:
                 lost[node] = (message, reply)
-            else:
+            elif source == node:
                 on_reply(reply)
+            else:
+                on_stray(reply)
         left = deadline - time.monotonic()
         for node in sorted(lost.keys() & set(grid.get_node_ids())) if lost and left > 0 else ():
             assert again is not None
@@ -95,8 +106,8 @@ def exchange(
             break
         if pending or lost:
             time.sleep(min(poll_s, left))
-    for _, reply in lost.values():
-        on_reply(reply)
+    for node, (_, reply) in lost.items():
+        (on_reply if reply.metadata.src_node_id == node else on_stray)(reply)
 
 
 def gather(grid: Grid, *, sites: int, wait_s: float, poll_s: float, quorum: float = 1.0) -> Cohort:
@@ -148,7 +159,7 @@ def _introduce(grid: Grid, cohort: Cohort, nodes: Sequence[int], *, wait_s: floa
     known = {hello.site for node, hello in hellos.items() if node in cohort.here}
     for node, hello in sorted(answers.items()):
         if hello.site in known or names.count(hello.site) > 1:
-            unready[node] = f"two nodes claim the name {hello.site}; give every site.toml its own site.name"
+            unready[node] = f"duplicate: two nodes claim the name {hello.site}; give every site.toml its own site.name"
             continue
         for former in [one for one, other in hellos.items() if other.site == hello.site]:
             del hellos[former]  # the site has come back as another node
@@ -169,4 +180,4 @@ def _read(content: RecordDict) -> Hello | str:
             return reply.code if isinstance(reply, Refusal) else "unreadable"
         return wire.unpack_hello(content)
     except WireViolation as error:
-        return f"wire: {error}"
+        return one_line(f"{error.rule}: {error}")

@@ -15,28 +15,34 @@ from typing import TYPE_CHECKING, Any, cast
 from fl_app import journal, lora
 from fl_app.privacy.events import receipt_from_dict, receipt_to_dict
 from fl_app.types import AdapterRelease, Refusal, Upload
-from strategies.validate import broken_rule, cost_of
+from strategies.validate import Rejection, broken_rule, cost_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from fl_app.lora import LoraSpec
+    from fl_app.types import Broadcast
+    from strategies.reach import UpdateCap
     from strategies.spending import Spending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Collected:
-    """What one wave of training brought, by site: uploads, refusals, broken messages, silence, bytes, seconds."""
+    """What one wave of training brought, by site: uploads, refusals, broken messages, silence, bytes, seconds.
+
+    `strays` are replies that nobody was asked for: they are named, and change nothing for the site that sent them.
+    """
 
     uploads: tuple[Upload, ...]
     refusals: tuple[Refusal, ...]
-    broken: Mapping[str, str]
+    broken: Mapping[str, Rejection]
     silent: tuple[str, ...]
     asked: int
     bytes_up: Mapping[str, int]
     bytes_down: Mapping[str, int]
     seconds: float
+    strays: tuple[Rejection, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,7 +53,8 @@ class Judged:
     """
 
     sound: tuple[Upload, ...]
-    rejected: Mapping[str, str]
+    rejected: Mapping[str, Rejection]
+    strays: tuple[Rejection, ...]
     booked: Mapping[str, float]
     refusals: tuple[Refusal, ...]
     broken: tuple[str, ...]
@@ -65,30 +72,45 @@ def needed(asked: int, quorum: float) -> int:
 
 
 def judge(
-    collected: Collected, *, round_number: int, spec: LoraSpec, spending: Spending, accept_non_private: bool
+    collected: Collected,
+    *,
+    broadcast: Broadcast,
+    spec: LoraSpec,
+    spending: Spending,
+    seen: Mapping[str, str],
+    cap: UpdateCap | None,
+    accept_non_private: bool,
 ) -> Judged:
-    """Return what stands of a wave: each upload held against the server's own spec and the site's history."""
+    """Return what stands of a wave: each upload held against the server's own spec and the site's history.
+
+    `seen` says by content hash what every adapter known from before is: no release can be one of them.
+    """
     sound: list[Upload] = []
-    rejected, booked = dict(collected.broken), dict[str, float]()
+    rejected, booked, known = dict(collected.broken), dict[str, float](), dict(seen)
     for upload in sorted(collected.uploads, key=lambda item: item.site):
         hello = spending.sites.get(upload.site)
-        rule = broken_rule(
+        broken = broken_rule(
             upload,
+            broadcast=broadcast,
             spec=spec,
             site=hello,
-            round_number=round_number,
+            cap=cap,
             earlier=spending.receipts.get(upload.site, ()),
+            seen=known,
             accept_non_private=accept_non_private,
         )
-        if not rule:
+        if broken is None:
             sound.append(upload)
+            assert isinstance(upload.release, AdapterRelease)
+            known[lora.sha256(upload.release.adapter)] = f"the release of {upload.site}"
             continue
-        rejected[upload.site] = rule
+        rejected[upload.site] = broken
         if hello is not None:  # released all the same, and nobody will use it
             booked[upload.site] = cost_of(upload, hello.delta)
     return Judged(
         sound=tuple(sound),
         rejected=rejected,
+        strays=collected.strays,
         booked=booked,
         refusals=collected.refusals,
         broken=tuple(collected.broken),
@@ -119,10 +141,14 @@ def write_release(folder: Path, upload: Upload, *, base_name: str) -> Path:
 
 def to_json(judged: Judged) -> dict[str, Any]:
     """Return everything but the releases themselves and the time it took."""
-    value = {key: getattr(judged, key) for key in ("rejected", "booked", "broken", "silent", "heard", "asked")}
-    value |= {key: getattr(judged, key) for key in ("bytes_up", "bytes_down")}
+    plain = ("booked", "broken", "silent", "heard", "asked", "bytes_up", "bytes_down")
+    value: dict[str, Any] = {key: getattr(judged, key) for key in plain}
+    value["rejected"] = {site: asdict(one) for site, one in judged.rejected.items()}
+    value["strays"] = [asdict(one) for one in judged.strays]
     value["refusals"] = [asdict(refusal) for refusal in judged.refusals]
-    value["sound"] = [{"site": one.site, "spent": one.spent, "round": one.round} for one in judged.sound]
+    value["sound"] = [
+        {"site": one.site, "spent": one.spent, "round": one.round, "run": one.run} for one in judged.sound
+    ]
     return value
 
 
@@ -130,7 +156,8 @@ def from_json(value: Mapping[str, Any], folder: Path, *, seconds: float) -> Judg
     """Return what `to_json` told, with the releases and receipts of a round's directory."""
     return Judged(
         sound=tuple(_upload(one, release_folder(folder, one["site"])) for one in value["sound"]),
-        rejected=dict(value["rejected"]),
+        rejected={site: Rejection(**one) for site, one in value["rejected"].items()},
+        strays=tuple(Rejection(**one) for one in value["strays"]),
         booked={site: float(spent) for site, spent in value["booked"].items()},
         refusals=tuple(Refusal(**refusal) for refusal in value["refusals"]),
         broken=tuple(value["broken"]),
@@ -151,4 +178,5 @@ def _upload(told: Mapping[str, Any], place: Path) -> Upload:
         release=AdapterRelease(adapter=lora.load_peft(place)),
         receipts=None if receipts is None else tuple(receipt_from_dict(receipt) for receipt in receipts),
         spent=float(told["spent"]),
+        run=told["run"],
     )

@@ -20,6 +20,7 @@ from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
 from strategies.pipeline import Pipeline, Stages
+from strategies.reach import read_cap
 from strategies.spending import Spending
 from strategies.stages import Setting
 from strategies.synthesizers import AnySynthesizer
@@ -54,9 +55,14 @@ class ProfessionalSection(Section):
 
 
 class ServerSection(Section):
-    """[server]. `accept_non_private` takes releases without receipts; the run is then labelled by them."""
+    """[server]. `accept_non_private` takes releases without receipts; the run is then labelled by them.
+
+    `max_update_norm` is the most that a site's update may measure, in L2 norm over all factors; what the optimizer of
+    [client.learner] can reach in a round holds in any case (`strategies.reach`).
+    """
 
     accept_non_private: bool = False
+    max_update_norm: Annotated[float, Field(gt=0)] = 1e6
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
     network: NetworkSection
@@ -128,6 +134,7 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         start=_start(shared, spec),
         quorum=server.network.quorum,
         accept_non_private=server.accept_non_private,
+        cap=read_cap(tree.get("client", {}).get("learner", {}), largest=server.max_update_norm),
     )
 
 

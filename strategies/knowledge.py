@@ -17,10 +17,11 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fl_app import wire
 from fl_app.errors import StillroomError, WireViolation
-from fl_app.types import Refusal, Upload
+from fl_app.types import Probe, Refusal, Upload
 from strategies.cohort import Cohort, exchange, gather, refresh
 from strategies.collected import Collected
 from strategies.summary import write_summary
+from strategies.validate import Rejection, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -45,6 +46,8 @@ class Knowledge(Strategy):
         self.cohort = Cohort(hellos={}, unready={})
         self._bytes_down = 0
         self._seconds = 0.0
+        self._strays: list[Message] = []
+        self._ids: set[str] = set()
 
     def start(self, grid: Grid, *_: Any, **__: Any) -> Result:
         """Play every round of the configuration and return Flower's result (the last target's arrays).
@@ -83,7 +86,7 @@ class Knowledge(Strategy):
         else:
             self._look_again(grid)
             messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
-            self.pipeline.play(number, self._collect(self._wave(grid, "train", number, messages)))
+            self.pipeline.play(number, self._collect(number, self._wave(grid, "train", number, messages)))
         return self._target(number)
 
     def open(self, grid: Grid) -> None:
@@ -107,7 +110,7 @@ class Knowledge(Strategy):
 
         Raises: RoundFailed.
         """
-        self.pipeline.play(server_round, self._collect(replies))
+        self.pipeline.play(server_round, self._collect(server_round, replies))
         return self._target(server_round), None
 
     def configure_evaluate(
@@ -119,18 +122,18 @@ class Knowledge(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean bits per byte over the sites that scored, and tell the journal about each."""
         found: list[float] = []
-        for reply in self._ordered(replies):
-            site = self.cohort.hellos[reply.metadata.src_node_id].site
-            if reply.has_error():
-                continue
-            try:
-                probe = wire.unpack_probe(reply.content)
-            except WireViolation as error:
-                self.pipeline.journal.event("probe", site=site, error=str(error)[:200])
-                continue
-            if probe.items:
-                found.append(probe.bits_per_byte)
-            self.pipeline.journal.event("probe", site=site, items=probe.items, bits_per_byte=probe.bits_per_byte)
+        journal = self.pipeline.journal
+        first, strays = self._sorted_out(server_round, replies)
+        for stray in strays:
+            journal.event("stray", round=server_round, **dataclasses.asdict(stray))
+        for site, reply in first.items():
+            probe = _probe(site, server_round, reply)
+            if isinstance(probe, Rejection):
+                journal.event("probe", site=site, error=str(probe), rule=probe.rule)
+            elif isinstance(probe, Probe):
+                if probe.items:
+                    found.append(probe.bits_per_byte)
+                journal.event("probe", site=site, items=probe.items, bits_per_byte=probe.bits_per_byte)
         return MetricRecord({"bits_per_byte": sum(found) / len(found)}) if found else None
 
     def _target(self, number: int) -> ArrayRecord:
@@ -157,15 +160,9 @@ class Knowledge(Strategy):
         ttl = self.network.reply_timeout_s
         return [Message(content, node, kind, group_id=str(number), ttl=ttl) for node in self.cohort.nodes()]
 
-    @staticmethod
-    def _again(message: Message, left_s: float) -> Message:
-        """Return a message's question once more: a site that has trained answers it from its outbox."""
-        told = message.metadata
-        return Message(message.content, told.dst_node_id, told.message_type, group_id=told.group_id, ttl=left_s)
-
     def _wave(self, grid: Grid, phase: str, number: int, messages: Iterable[Message]) -> list[Message]:
         """Send a wave and return what came in time, telling the journal as it comes."""
-        wave = list(messages)
+        wave, repeated = list(messages), list[Message]()
         journal = self.pipeline.journal
         done: list[Message] = []
 
@@ -173,51 +170,118 @@ class Knowledge(Strategy):
             done.append(reply)
             journal.event("phase_progress", round=number, phase=phase, done=len(done), total=len(wave))
 
+        def again(message: Message, left_s: float) -> Message:
+            """Ask once more: a site that has trained answers from its outbox."""
+            told = message.metadata
+            copy = Message(message.content, told.dst_node_id, told.message_type, group_id=told.group_id, ttl=left_s)
+            repeated.append(copy)
+            return copy
+
         with self.pipeline.phase(number, phase):
             began = time.monotonic()
-            timeout_s, poll_s = self.network.reply_timeout_s, self.network.poll_s
-            exchange(grid, wave, timeout_s=timeout_s, poll_s=poll_s, on_reply=progress, again=self._again)
+            exchange(
+                grid,
+                wave,
+                timeout_s=self.network.reply_timeout_s,
+                poll_s=self.network.poll_s,
+                on_reply=progress,
+                on_stray=self._strays.append,
+                again=again,
+            )
+            self._ids = {message.metadata.message_id for message in (*wave, *repeated)}
             self._seconds = round(time.monotonic() - began, 3)
         return done
 
-    def _ordered(self, replies: Iterable[Message]) -> list[Message]:
-        known = [reply for reply in replies if reply.metadata.src_node_id in self.cohort.hellos]
-        return sorted(known, key=lambda reply: self.cohort.hellos[reply.metadata.src_node_id].site)
+    def _sorted_out(self, number: int, replies: Iterable[Message]) -> tuple[dict[str, Message], list[Rejection]]:
+        """Return the one reply of each site to this wave, by name in order, and who else said something."""
+        first: dict[str, Message] = {}
+        strays: list[Rejection] = []
+        for reply in replies:
+            hello = self.cohort.hellos.get(reply.metadata.src_node_id)
+            if hello and hello.site not in first and reply.metadata.group_id == str(number):
+                first[hello.site] = reply
+            else:
+                strays.append(self._stray(reply, number))
+        strays += [self._stray(reply, number) for reply in self._strays]
+        self._strays.clear()
+        return dict(sorted(first.items())), strays
 
-    def _collect(self, replies: Iterable[Message]) -> Collected:
-        """Sort the replies of a wave into uploads, refusals, broken messages and silence."""
+    def _stray(self, reply: Message, number: int) -> Rejection:
+        """Return why a reply is nobody's answer to this wave."""
+        told = reply.metadata
+        hello = self.cohort.hellos.get(told.src_node_id)
+        if hello is None:
+            return Rejection(site=f"node {told.src_node_id}", rule="member", reason="not a node of this run")
+        if told.group_id != str(number) or (self._ids and told.reply_to_message_id not in self._ids):
+            return Rejection(site=hello.site, rule="deadline", reason="came when its wave was over")
+        return Rejection(
+            site=hello.site, rule="duplicate", reason="a site has one reply to a wave, and to its own message"
+        )
+
+    def _collect(self, number: int, replies: Iterable[Message]) -> Collected:
+        """Sort the replies of a wave into uploads, refusals, broken messages, strays and silence."""
         uploads: list[Upload] = []
         refusals: list[Refusal] = []
-        broken: dict[str, str] = {}
+        broken: dict[str, Rejection] = {}
         bytes_up: dict[str, int] = {}
-        for message in self._ordered(replies):
-            site = self.cohort.hellos[message.metadata.src_node_id].site
-            if message.has_error():
-                broken[site] = f"error: code {message.error.code}"
-                continue
-            bytes_up[site] = wire.num_bytes(message.content)
-            try:
-                reply = wire.unpack_reply(message.content)
-            except WireViolation as error:
-                broken[site] = f"wire: {error}"
-                continue
-            if isinstance(reply, Refusal) and reply.site == "unnamed":
-                reply = dataclasses.replace(reply, site=site)
-            if reply.site != site:
-                broken[site] = "site: the reply names another site"
+        first, strays = self._sorted_out(number, replies)
+        for site, message in first.items():
+            if not message.has_error():
+                bytes_up[site] = wire.num_bytes(message.content)
+            reply = self._read(site, number, message)
+            if isinstance(reply, Rejection):
+                broken[site] = reply
             elif isinstance(reply, Upload):
                 uploads.append(reply)
             else:
                 refusals.append(reply)
         sites = self.cohort.sites()
-        heard = {*broken, *(upload.site for upload in uploads), *(refusal.site for refusal in refusals)}
         return Collected(
             uploads=tuple(uploads),
             refusals=tuple(refusals),
             broken=broken,
-            silent=tuple(site for site in sites if site not in heard),
+            silent=tuple(site for site in sites if site not in first),
             asked=max(len(sites), self.network.sites),
             bytes_up=bytes_up,
             bytes_down=dict.fromkeys(sites, self._bytes_down),
             seconds=self._seconds,
+            strays=tuple(strays),
         )
+
+    def _read(self, site: str, number: int, message: Message) -> Upload | Refusal | Rejection:
+        """Return what a site said, if it can be read and is said in its own name."""
+        if message.has_error():
+            return _error(site, message)
+        try:
+            reply = wire.unpack_reply(message.content, self.pipeline.spec)
+        except WireViolation as error:
+            return unreadable(site, error)
+        if isinstance(reply, Refusal) and reply.site == "unnamed":
+            reply = dataclasses.replace(reply, site=site)
+        if reply.site != site:
+            return Rejection(site=site, rule="site", reason="the reply names another site")
+        if isinstance(reply, Refusal) and reply.round != number:
+            return Rejection(site=site, rule="round", reason=f"refuses round {reply.round}, this is {number}")
+        return reply
+
+
+def _probe(site: str, number: int, message: Message) -> Probe | Refusal | Rejection:
+    """Return a site's score, if it can be read and is said in its own name for this round."""
+    if message.has_error():
+        return _error(site, message)
+    try:
+        if "refusal" in message.content:
+            reply = wire.unpack_reply(message.content)
+            assert isinstance(reply, Refusal)
+            return reply
+        probe = wire.unpack_probe(message.content)
+    except WireViolation as error:
+        return unreadable(site, error)
+    if (probe.site, probe.round) != (site, number):
+        return Rejection(site=site, rule="site", reason="the score names another site or round")
+    return probe
+
+
+def _error(site: str, message: Message) -> Rejection:
+    """Return the rejection of Flower's error reply. Its reason may quote a row, or anything else, and is not told."""
+    return Rejection(site=site, rule="error", reason=f"code {message.error.code}")

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from strategies.collected import Collected, Judged
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
+    from strategies.reach import UpdateCap
     from strategies.spending import Spending
     from strategies.stages import Aggregator, Distiller, Filter, Synthesizer, Tuner
 
@@ -89,6 +90,7 @@ class Pipeline:
     start: Adapter
     quorum: float
     accept_non_private: bool = False
+    cap: UpdateCap | None = None
     target: Adapter = field(init=False)
     kept: list[Draft] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
@@ -199,9 +201,11 @@ class Pipeline:
             assert collected is not None, "a round whose uploads were not collected before needs them"
             judged = judge(
                 collected,
-                round_number=number,
+                broadcast=self.broadcast(number),
                 spec=self.spec,
                 spending=self.spending,
+                seen=self._seen(),
+                cap=self.cap,
                 accept_non_private=self.accept_non_private,
             )
             need = needed(judged.asked, self.quorum)
@@ -219,11 +223,23 @@ class Pipeline:
         self.spending.enter(number, judged)
         return judged
 
+    def _seen(self) -> dict[str, str]:
+        """Return every adapter of former rounds by its hash: no release of this one can be one of them."""
+        seen = {lora.sha256(self.start): "the adapter that the run began with"}
+        for record in self.records:
+            seen |= {
+                record.hashes[name]: f"the {name} adapter of round {record.round}" for name in ("merged", "target")
+            }
+        for one in self.spending.released:
+            seen[one["sha256"]] = f"the release of {one['site']} in round {one['round']}"
+        return seen
+
     def _too_few(self, number: int, judged: Judged, need: int) -> str:
         refused = ", ".join(f"{one.site}: {one.code}" for one in judged.refusals)
+        turned_away = ", ".join(f"{site}: {broken.rule}" for site, broken in judged.rejected.items())
         return (
             f"round {number}: {len(judged.sound)} of {judged.asked} sites sent a sound upload, {need} needed "
-            f"(refused: {refused or 'none'}; rejected: {', '.join(judged.rejected) or 'none'}; silent: "
+            f"(refused: {refused or 'none'}; rejected: {turned_away or 'none'}; silent: "
             f"{', '.join(judged.silent) or 'none'}; never ready: "
             f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept; resume the run when "
             "the sites are back: those that have trained answer again without spending anything."
@@ -242,7 +258,7 @@ class Pipeline:
         merged = Merged(
             adapter=lora.load_peft(folder / "merged"),
             used=tuple(value["used"]),
-            rejected={**judged.rejected, **value["rejected"]},
+            rejected={**{site: str(broken) for site, broken in judged.rejected.items()}, **value["rejected"]},
             cost=readback.cost(value["cost"]),
         )
         for site, rule in value["rejected"].items():
@@ -353,6 +369,7 @@ class Pipeline:
             bytes_down=dict(judged.bytes_down),
             hashes=hashes,
             client_epsilon=merged.cost.spent if merged.cost else None,
+            rejections=tuple(asdict(one) for one in (*judged.rejected.values(), *judged.strays)),
         )
 
     def _phase(self, number: int, name: str, seconds: dict[str, float], work: Callable[[], Made]) -> Done:

@@ -67,8 +67,10 @@ class Spending:
         self.unheard |= {refusal.site for refusal in judged.refusals if refusal.code in {"internal", "ledger"}}
         for refusal in judged.refusals:
             self.tell(number, refusal.site, "refused", code=refusal.code)
-        for site, rule in judged.rejected.items():
-            self.tell(number, site, "rejected", code=rule)
+        for site, broken in judged.rejected.items():
+            self.tell(number, site, "rejected", code=str(broken), rule=broken.rule, tensor=broken.tensor)
+        for stray in judged.strays:
+            self.journal.event("stray", round=number, **dataclasses.asdict(stray))
         for site in judged.silent:
             self.tell(number, site, "silent")
 

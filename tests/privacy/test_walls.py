@@ -115,7 +115,7 @@ MESSAGES: dict[str, Message] = {
 }
 KEYS = {
     "broadcast": ["alpha", "base", "config_digest", "round", "run", "sha256"],
-    "upload": ["alpha", "base", "kind", "receipts", "round", "sha256", "site", "spent"],
+    "upload": ["alpha", "base", "kind", "receipts", "round", "run", "sha256", "site", "spent"],
     "refusal": ["code", "incident", "round", "site"],
     "hello": ["delta", "epsilon", "site", "spent", "unit"],
     "probe": ["bits_per_byte", "items", "round", "site"],

@@ -27,6 +27,7 @@ from fl_app.journal import read_lines
 from simulations import launch
 from strategies import cohort, collected
 from strategies.aggregators.mean_factors import mean_factors
+from strategies.validate import Rejection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -627,8 +628,9 @@ def test_a_corpus_without_rows_exits_2(workplace: Path) -> None:
 def test_a_rejected_site_is_reported_and_what_it_spent_counts(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = collected.broken_rule
 
-    def strict(upload: Any, **more: Any) -> str:
-        return "shape: injected" if upload.site == "site-1" else plain(upload, **more)
+    def strict(upload: Any, **more: Any) -> Any:
+        injected = Rejection(site="site-1", rule="shape", reason="injected")
+        return injected if upload.site == "site-1" else plain(upload, **more)
 
     monkeypatch.setattr(collected, "broken_rule", strict)
     summary = launch.play(_prepare("rejected", ONE_ROUND))

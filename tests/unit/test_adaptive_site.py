@@ -99,17 +99,17 @@ def test_the_planned_rounds_fill_the_filter_and_no_more(
     for number in (1, 2):
         upload = uploaded(ask(site, start, number))
         # the server's check, with PLD: the claim is never below it, and never above the budget
-        rule = broken_rule(upload, spec=spec, site=hello, round_number=number, earlier=receipts)
-        assert rule == ""
+        asked = Broadcast(run="run-a", round=number, adapter=start, config_digest="d")
+        assert broken_rule(upload, broadcast=asked, spec=spec, site=hello, earlier=receipts) is None
         receipts += upload.receipts or ()
         assert pld.epsilon(receipts, DELTA) < upload.spent == held(site).epsilon_equivalent(receipts) <= 8.0
         hello = dataclasses.replace(hello, spent=upload.spent)
         assert local_round.hello(site).spent == upload.spent
         # the twin: a claim by a cheaper rule than PLD is refused
         lower = dataclasses.replace(upload, spent=pld.epsilon(receipts, DELTA) * 0.999)
-        assert "adds up to" in broken_rule(
-            lower, spec=spec, site=dataclasses.replace(hello, spent=0.0), round_number=number, earlier=receipts[:-1]
-        )
+        poorer = dataclasses.replace(hello, spent=0.0)
+        broken = broken_rule(lower, broadcast=asked, spec=spec, site=poorer, earlier=receipts[:-1])
+        assert "receipt: adds up to" in str(broken)
     assert 0.99 < held(site).used(receipts) <= 1.0
     refused(site, ask(site, start, run="run-b"), "budget_spent", "Renyi filter of order 3")
     assert site.ledger(site.policy).receipts() == tuple(receipts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -105,13 +106,32 @@ def test_a_run_begins_without_nodes_that_a_quorum_does_not_need() -> None:
     assert cohort.sites() == ["inn", "mill"]
 
 
-def test_of_two_nodes_with_one_name_neither_takes_part() -> None:
+def test_a_name_that_two_nodes_claim_is_nobodys() -> None:
+    """Whoever of them is the mill, neither may speak for it; the run goes on with the others."""
     cohort = gather(_all_there(["mill", "inn", "mill"]), sites=3, wait_s=5.0, poll_s=POLL_S)
 
-    assert cohort.sites() == ["inn"]
-    assert [cohort.unready[FIRST_NODE + node] for node in (0, 2)] == [
-        "two nodes claim the name mill; give every site.toml its own site.name"
-    ] * 2
+    assert {node: hello.site for node, hello in cohort.hellos.items()} == {FIRST_NODE + 1: "inn"}
+    assert cohort.unready.keys() == {FIRST_NODE, FIRST_NODE + 2}
+    assert all("two nodes claim the name mill; give every" in why for why in cohort.unready.values())
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [({"delta": 0.011}, "delta = 0.011"), ({"epsilon": 10_001.0}, "epsilon = 10001"), ({"delta": 1e-2}, "")],
+)
+def test_a_policy_that_promises_nothing_is_not_ready(policy: dict[str, float], words: str) -> None:
+    odd = dataclasses.replace(_hello("mill"), **policy)
+    app = _answers(["inn"])
+
+    def answer(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 0:
+            return app(message, context)
+        return Message(wire.pack_reply(odd), reply_to=message)
+
+    cohort = gather(LocalGrid(answer, nodes=2, run_config={}), sites=2, wait_s=5.0, poll_s=POLL_S)
+
+    assert sorted(hello.site for hello in cohort.hellos.values()) == (["inn"] if words else ["inn", "mill"])
+    assert [words in why for why in cohort.unready.values()] == ([True] if words else [])
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["c", "a", "b"], ["b", "c", "a"]])
@@ -134,7 +154,7 @@ def test_nodes_that_cannot_introduce_themselves_are_left_out_with_their_reason()
     assert [hello.site for hello in cohort.hellos.values()] == ["mill"]
     assert cohort.unready.keys() == {FIRST_NODE + node for node in (1, 2, 3, 4)}
     assert cohort.unready[FIRST_NODE + 1] == "policy"
-    assert cohort.unready[FIRST_NODE + 2].startswith("wire: records ['secrets']")
+    assert cohort.unready[FIRST_NODE + 2].startswith("keys: records ['secrets']")
     assert cohort.unready[FIRST_NODE + 3] == "error: code 2"
     assert cohort.unready[FIRST_NODE + 4] == "silent"
     assert not any("row" in why for why in cohort.unready.values())
@@ -201,7 +221,7 @@ def test_a_second_node_with_the_name_of_one_that_is_there_stays_out() -> None:
     after = refresh(grid, cohort, wait_s=5.0, poll_s=POLL_S)
 
     assert after.nodes() == cohort.nodes()
-    assert after.unready[FIRST_NODE + 2].startswith("two nodes claim the name mill")
+    assert after.unready[FIRST_NODE + 2].startswith("duplicate: two nodes claim the name mill")
 
 
 # --- exchange
@@ -266,7 +286,56 @@ def test_a_reply_to_something_else_is_not_handed_over() -> None:
 
     grid = Late(_answers(["a"]), nodes=1, run_config={})
     heard: list[Message] = []
+    strays: list[Message] = []
 
-    exchange(grid, _wave(grid), timeout_s=0.1, poll_s=POLL_S, on_reply=heard.append)
+    exchange(grid, _wave(grid), timeout_s=0.1, poll_s=POLL_S, on_reply=heard.append, on_stray=strays.append)
 
     assert heard == []
+    assert [reply.metadata.src_node_id for reply in strays] == [FIRST_NODE]
+
+
+class Crowded(LocalGrid):
+    """After every reply comes the same one again, in the name of node `voice`; with `lost`, Flower's error instead."""
+
+    voice, lost = FIRST_NODE + 1, False
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = list(super().pull_messages(message_ids))
+        for reply in list(found):
+            copy = Message(RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
+            if self.lost:
+                copy = Message(Error(2, "lost"), reply_to=copy)
+            copy.metadata.__dict__["_src_node_id"] = self.voice
+            copy.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+            found.insert(0, copy)
+        return found[:1] if self.lost else found
+
+
+@pytest.mark.parametrize("voice", [FIRST_NODE + 1, 77], ids=["another node of the wave", "a node nobody asked"])
+def test_nobody_answers_for_another_node(voice: int) -> None:
+    """What comes first in the wrong name does not take the place of the right one."""
+    grid = Crowded(_answers(["a", "b"]), nodes=2, run_config={})
+    grid.voice = voice
+    heard: list[int] = []
+    strays: list[int] = []
+
+    exchange(
+        grid,
+        _wave(grid)[:1],
+        timeout_s=5.0,
+        poll_s=POLL_S,
+        on_reply=lambda reply: heard.append(reply.metadata.src_node_id),
+        on_stray=lambda reply: strays.append(reply.metadata.src_node_id),
+    )
+
+    assert (heard, strays) == ([FIRST_NODE], [voice])
+
+
+def test_a_reply_that_flower_lost_is_not_waited_for() -> None:
+    grid = Crowded(_answers(["a"]), nodes=1, run_config={})
+    grid.voice, grid.lost = 1, True
+    began = time.monotonic()
+
+    exchange(grid, _wave(grid), timeout_s=60.0, poll_s=POLL_S, on_reply=lambda _: pytest.fail("it was lost"))
+
+    assert time.monotonic() - began < 30.0
