@@ -16,15 +16,27 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fl_app import lora
 from fl_app.errors import LedgerRefusal, WireViolation
+from fl_app.hash_chain import is_digest
 from fl_app.privacy.events import receipt_from_dict, receipt_to_dict
-from fl_app.types import REFUSAL_CODES, Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Probe, Refusal, Upload
+from fl_app.types import (
+    REFUSAL_CODES,
+    Adapter,
+    AdapterRelease,
+    Broadcast,
+    Composition,
+    Hello,
+    LoraFactors,
+    Probe,
+    Refusal,
+    Upload,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,10 +49,10 @@ UNIT_NAME = r"[A-Za-z0-9][A-Za-z0-9 _.-]{0,62}"
 
 """A site's logical id; it names a directory on the server, so it is held to this before anything else."""
 
-BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256"})
-UPLOAD_KEYS = frozenset({"site", "round", "kind", "base", "alpha", "sha256", "receipts", "spent"})
+BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256", "head"})
+UPLOAD_KEYS = frozenset({"site", "round", "kind", "base", "alpha", "sha256", "receipts", "spent", "head"})
 REFUSAL_KEYS = frozenset({"site", "round", "code", "incident"})
-HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent"})
+HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent", "head", "composition"})
 PROBE_KEYS = frozenset({"site", "round", "items", "bits_per_byte"})
 
 
@@ -53,6 +65,7 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
         "base": broadcast.adapter.base,
         "alpha": broadcast.adapter.alpha,
         "sha256": lora.sha256(broadcast.adapter),
+        "head": broadcast.head,
     }
     return RecordDict({"broadcast": ConfigRecord(manifest), "arrays": _pack_arrays(broadcast.adapter)})
 
@@ -66,6 +79,7 @@ def unpack_broadcast(content: RecordDict) -> Broadcast:
         round=_whole(manifest, "round"),
         adapter=adapter,
         config_digest=_text(manifest, "config_digest"),
+        head=_head(manifest) if manifest["head"] != "" else "",
     )
 
 
@@ -90,6 +104,7 @@ def pack_reply(reply: Upload | Refusal | Hello | Probe) -> RecordDict:
         "sha256": lora.sha256(adapter),
         "receipts": json.dumps(receipts),
         "spent": float(reply.spent),
+        "head": reply.head,
     }
     assert manifest.keys() == UPLOAD_KEYS
     return RecordDict({"upload": ConfigRecord(manifest), "arrays": _pack_arrays(adapter)})
@@ -127,6 +142,7 @@ def unpack_reply(content: RecordDict) -> Upload | Refusal:
         release=AdapterRelease(adapter=adapter),
         receipts=_receipts(_text(manifest, "receipts")),
         spent=_spending(manifest, "spent"),
+        head=_head(manifest),
     )
 
 
@@ -147,6 +163,8 @@ def _pack_hello(hello: Hello) -> RecordDict:
         "delta": float(hello.delta),
         "unit": hello.unit,
         "spent": float(hello.spent),
+        "head": hello.head,
+        "composition": hello.composition,
     }
     assert fields.keys() == HELLO_KEYS
     return RecordDict({"hello": ConfigRecord(fields)})
@@ -161,12 +179,17 @@ def unpack_hello(content: RecordDict) -> Hello:
         raise WireViolation("unit is no column name: letters, digits, blanks and _.-, at most 63")
     if not 0 < _number(fields, "delta") < 1 or not _number(fields, "epsilon") > 0:
         raise WireViolation("delta must lie between 0 and 1, epsilon above 0")
+    composition = _text(fields, "composition")
+    if composition not in get_args(Composition):
+        raise WireViolation(f"composition {composition[:40]!r}; known: {', '.join(get_args(Composition))}")
     return Hello(
         site=_text(fields, "site"),
         epsilon=_number(fields, "epsilon"),
         delta=_number(fields, "delta"),
         unit=_text(fields, "unit"),
         spent=_spending(fields, "spent"),
+        head=_head(fields),
+        composition=cast("Composition", composition),
     )
 
 
@@ -261,6 +284,13 @@ def _text(fields: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise WireViolation(f"{key} = {str(value)[:80]!r} is no text")
     return value
+
+
+def _head(fields: Mapping[str, Any]) -> str:
+    """Return the head of a ledger; 64 zeros when there is none to show."""
+    if not is_digest(fields["head"]):
+        raise WireViolation(f"head = {str(fields['head'])[:80]!r} is no SHA-256 in lower-case hex")
+    return fields["head"]
 
 
 def _number(fields: Mapping[str, Any], key: str) -> float:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from fl_app.privacy.chain import Entry
     from fl_app.privacy.plan import Plan
-    from fl_app.privacy.renyi_filter import Composition, RenyiFilter
-    from fl_app.types import DpReceipt
+    from fl_app.privacy.renyi_filter import RenyiFilter
+    from fl_app.types import Composition, DpReceipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,14 @@ class Promise:
     epsilon: float
     delta: float
     composition: Composition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A reservation and the hash of what it became."""
+
+    reserved: Reserved
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +67,10 @@ class Asked:
 
 @dataclass(slots=True, kw_only=True)
 class Book:
-    """The ledger's entries while its file is locked; `descriptor` is that file."""
+    """The ledger's entries. `descriptor` is its file while that is locked, -1 in a book to reckon with."""
 
-    descriptor: int
     entries: list[Entry]
+    descriptor: int = -1
 
     @property
     def head(self) -> str:
@@ -96,17 +104,31 @@ class Book:
         return next((entry.plan for entry in reversed(self.entries) if isinstance(entry, Planned)), None)
 
     @property
+    def mechanism(self) -> DpReceipt | None:
+        """The mechanism that a fixed schedule is held to; None while nothing was reserved.
+
+        Raises: LedgerRefusal for an older version's lines of several mechanisms, which no schedule certifies.
+        """
+        if not self.reserved:
+            return None
+        if self.plan is not None:
+            return self.plan.mechanism
+        return planning.fix(self.receipts, epsilon=1.0, delta=0.5).mechanism
+
+    @property
     def switched(self) -> bool:
         """Whether something was reserved that no filter held: before the filter's line, or with none so far."""
         kinds = [type(entry) for entry in self.entries]
         filtered = kinds.index(Filtered) if Filtered in kinds else len(kinds)
         return Reserved in kinds[:filtered]
 
-    def committed(self, run: str, round_number: int) -> str | None:
-        """Return the hash of the last artefact committed for this run and round, if any."""
-        ids = {entry.id for entry in self.reserved if (entry.run, entry.round) == (run, round_number)}
-        found = [entry.sha256 for entry in self.entries if isinstance(entry, Committed) and entry.id in ids]
-        return found[-1] if found else None
+    def last_made(self, run: str, round_number: int) -> Made | None:
+        """Return the newest reservation of this run and round that became an artefact, if any."""
+        made = {entry.id: entry.sha256 for entry in self.entries if isinstance(entry, Committed)}
+        for entry in reversed(self.reserved):
+            if (entry.run, entry.round) == (run, round_number) and entry.id in made:
+                return Made(reserved=entry, sha256=made[entry.id])
+        return None
 
     def spent(self, by_pld: float, delta: float) -> float:
         """Return `by_pld`, or in a ledger held by a filter the larger of it and the filter's equivalent."""

@@ -128,6 +128,34 @@ def read_chain(content: bytes, path: Path) -> list[Entry]:
     return entries
 
 
+def completed(content: bytes, intent: bytes, path: Path) -> bytes:
+    """Return the ledger's bytes with the append that `intent`, the bytes of `.next`, announces finished.
+
+    Raises: LedgerCorrupt when the two do not belong together (the table in `ledger`).
+    """
+    whole, newline, torn = content.rpartition(b"\n")
+    whole += newline
+    lines = whole.count(b"\n")
+    if not intent:
+        if torn:
+            raise LedgerCorrupt(f"{path} line {lines + 1} is torn, and there is no .next; {WAY_OUT}")
+        return content
+    announced = read_line(intent.removesuffix(b"\n"), path.with_name(path.name + ".next"), 1)
+    if announced["seq"] == lines and intent.endswith(b"\n"):
+        if not intent.startswith(torn):
+            raise LedgerCorrupt(f"{path} line {lines + 1} is torn and is not what .next holds; {WAY_OUT}")
+        read_chain(whole + intent, path)  # never complete a chain that .next does not continue
+        return whole + intent
+    last = whole.rstrip(b"\n").rpartition(b"\n")[2]
+    if torn or announced["seq"] != lines - 1 or last + b"\n" != intent:
+        read_chain(whole, path)  # when a line was changed, name that line first
+        raise LedgerCorrupt(
+            f"{path} ends at line {lines}, but .next holds line {announced['seq'] + 1}: an older or another copy was "
+            f"put back; {WAY_OUT}"
+        )
+    return content
+
+
 def read_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     """Return one line whose hash is right and whose bytes are canonical. Raises: LedgerCorrupt."""
     line = unseal(raw)

@@ -49,15 +49,16 @@ from typing import TYPE_CHECKING, Any
 from fl_app.errors import LedgerCorrupt, LedgerRefusal
 from fl_app.hash_chain import is_digest, seal
 from fl_app.privacy.accountants import pld
-from fl_app.privacy.book import Asked, Book, Promise
+from fl_app.privacy.book import Asked, Book
 from fl_app.privacy.chain import (
     SCHEMA,
     WAY_OUT,
     Committed,
     Entry,
     Header,
+    Planned,
+    completed,
     read_chain,
-    read_line,
     to_entry,
 )
 from fl_app.privacy.events import check_together, no_noise, receipt_to_dict
@@ -66,9 +67,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
-    from fl_app.privacy.plan import Plan
-    from fl_app.privacy.renyi_filter import Composition, RenyiFilter
-    from fl_app.types import DpReceipt
+    from fl_app.privacy.renyi_filter import RenyiFilter
+    from fl_app.types import Composition, DpReceipt
 
 
 def _utc_now() -> datetime:
@@ -77,38 +77,37 @@ def _utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What `reserve` granted. `spent` is the epsilon of the whole ledger with this reservation, as `Ledger.spent`."""
+    """What `reserve` granted. `spent` is the epsilon of the whole ledger with this reservation, as `Ledger.spent`.
+
+    `stream` names the simulated noise of this reservation and no other: its `seq`, lines of plans not counted.
+    """
 
     id: str
     seq: int
     spent: float
+    stream: int
 
 
 class Ledger:
     """One site's spending on one data set. Open it with `Ledger.open`; it holds no file open and no state."""
 
-    def __init__(self, path: Path, *, dataset: str, unit: str, clock: Callable[[], datetime], salt: str) -> None:
+    def __init__(self, path: Path, *, dataset: str, unit: str, clock: Callable[[], datetime]) -> None:
         self._path = path
         self._next = path.with_name(path.name + ".next")
         self._dataset = dataset
         self._unit = unit
         self._clock = clock
-        self._salt = salt
 
     @classmethod
-    def open(
-        cls, path: Path, *, dataset: str, unit: str, clock: Callable[[], datetime] = _utc_now, salt: str = ""
-    ) -> Ledger:
+    def open(cls, path: Path, *, dataset: str, unit: str, clock: Callable[[], datetime] = _utc_now) -> Ledger:
         """Return the ledger at `path` for the data set with fingerprint `dataset`, made when there is none.
-
-        `salt` is for simulations, which must repeat; nobody else gives one, and a new ledger draws its own.
 
         Raises: LedgerCorrupt when the file is of another data set or unit, torn, rolled back or edited, naming the
         line and the way out; LedgerRefusal when it cannot be written.
         """
         if not dataset or not unit:
             raise LedgerRefusal(f"a ledger needs a data set and a unit, not {dataset!r} and {unit!r}")
-        ledger = cls(path, dataset=dataset, unit=unit, clock=clock, salt=salt)
+        ledger = cls(path, dataset=dataset, unit=unit, clock=clock)
         ledger._writing(lambda: _make_folder(path.parent))
         with ledger._locked():
             pass
@@ -176,10 +175,11 @@ class Ledger:
                 "audit": audit,
             }
             entry = self._append(book, body)
-            return Reservation(id=reservation_id, seq=entry.seq, spent=book.spent(total, delta))
+            stream = entry.seq - sum(isinstance(found, Planned) for found in book.entries)
+            return Reservation(id=reservation_id, seq=entry.seq, spent=book.spent(total, delta), stream=stream)
 
-    def commit(self, reservation_id: str, *, sha256: str) -> None:
-        """Record that a reservation became the artefact with this hash (64 lower-case hex digits).
+    def commit(self, reservation_id: str, *, sha256: str) -> int:
+        """Record that a reservation became the artefact with this hash (64 lower-case hex digits); return the seq.
 
         Raises: LedgerRefusal for an unknown reservation, one committed before, or something that is no hash.
         """
@@ -193,7 +193,7 @@ class Ledger:
                     raise LedgerRefusal(
                         f"reservation {reservation_id} was committed as {entry.sha256}; resend that from the outbox"
                     )
-            self._append(book, {"kind": "commit", "id": reservation_id, "sha256": sha256})
+            return self._append(book, {"kind": "commit", "id": reservation_id, "sha256": sha256}).seq
 
     def receipts(self) -> tuple[DpReceipt, ...]:
         """Return everything ever reserved, in order, committed or not. Raises: LedgerCorrupt."""
@@ -219,15 +219,10 @@ class Ledger:
         with self._locked() as book:
             return book.settle(composition, epsilon=epsilon, delta=delta)
 
-    def plan(self) -> Plan | None:
-        """Return the plan of a fixed schedule; None before the first reservation. Raises: LedgerCorrupt."""
+    def book(self) -> Book:
+        """Return what the ledger holds now, as values to reckon with. Raises: LedgerCorrupt."""
         with self._locked() as book:
-            return book.plan if book.reserved else None
-
-    def promise(self, composition: Composition, *, epsilon: float, delta: float) -> Promise:
-        """Return what this ledger promises under a policy that says this. Raises: LedgerCorrupt."""
-        with self._locked() as book:
-            return book.promise(composition, epsilon=epsilon, delta=delta)
+            return Book(entries=list(book.entries))
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every line, the header first. Raises: LedgerCorrupt."""
@@ -249,7 +244,8 @@ class Ledger:
     def committed(self, run: str, round_number: int) -> str | None:
         """Return the hash of the last artefact committed for this run and round, if any. Raises: LedgerCorrupt."""
         with self._locked() as book:
-            return book.committed(run, round_number)
+            found = book.last_made(run, round_number)
+            return found.sha256 if found else None
 
     def verify(self, known_head: str | None = None) -> None:
         """Return when the chain is whole and, if given, `known_head` is the hash of one of its lines.
@@ -274,7 +270,7 @@ class Ledger:
             content = self._complete_tail(descriptor)
             book = Book(descriptor=descriptor, entries=read_chain(content, self._path))
             if not book.entries:
-                header = {"kind": "header", "schema": SCHEMA, "salt": self._salt or secrets.token_hex(32)}
+                header = {"kind": "header", "schema": SCHEMA, "salt": secrets.token_hex(32)}
                 self._append(book, {**header, "dataset": self._dataset, "unit": self._unit})
             self._check_header(book.entries[0])
             yield book
@@ -297,32 +293,10 @@ class Ledger:
     def _complete_tail(self, descriptor: int) -> bytes:
         """Return the ledger's bytes after finishing the append that `.next` announces, if it was interrupted."""
         content = _read_all(descriptor)
-        whole, newline, torn = content.rpartition(b"\n")
-        whole += newline
-        lines = whole.count(b"\n")
-        try:
-            intent = self._next.read_bytes()
-        except FileNotFoundError:
-            intent = b""
-        if not intent:
-            if torn:
-                raise LedgerCorrupt(f"{self._path} line {lines + 1} is torn, and there is no .next; {WAY_OUT}")
-            return content
-        announced = read_line(intent.removesuffix(b"\n"), self._next, 1)
-        if announced["seq"] == lines and intent.endswith(b"\n"):
-            if not intent.startswith(torn):
-                raise LedgerCorrupt(f"{self._path} line {lines + 1} is torn and is not what .next holds; {WAY_OUT}")
-            read_chain(whole + intent, self._path)  # never complete a chain that .next does not continue
-            self._write_all(descriptor, intent[len(torn) :])
-            return whole + intent
-        last = whole.rstrip(b"\n").rpartition(b"\n")[2]
-        if torn or announced["seq"] != lines - 1 or last + b"\n" != intent:
-            read_chain(whole, self._path)  # when a line was changed, name that line first
-            raise LedgerCorrupt(
-                f"{self._path} ends at line {lines}, but .next holds line {announced['seq'] + 1}: "
-                f"an older or another copy was put back; {WAY_OUT}"
-            )
-        return content
+        whole = completed(content, _intent(self._next), self._path)
+        if len(whole) > len(content):
+            self._write_all(descriptor, whole[len(content) :])
+        return whole
 
     def _append(self, book: Book, body: dict[str, Any]) -> Entry:
         """Announce the line in `.next`, then append it; both on disk when this returns."""
@@ -367,6 +341,33 @@ class Ledger:
                 f"cannot write {self._path}: {error.strerror}; nothing was released; free some space or fix the "
                 "directory's permissions, and run again"
             ) from error
+
+
+def peek(path: Path) -> Book | None:
+    """Return what the ledger at `path` holds, an announced line included; None where there is none.
+
+    Nothing is written, made or completed, so that looking costs nothing and needs no rights but to read.
+    Raises: LedgerCorrupt; LedgerRefusal when it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LedgerRefusal(f"cannot read {path}: {error.strerror}; fix the directory's permissions") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        content = completed(_read_all(descriptor), _intent(path.with_name(path.name + ".next")), path)
+        return Book(entries=read_chain(content, path))
+    finally:
+        os.close(descriptor)
+
+
+def _intent(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _read_all(descriptor: int) -> bytes:

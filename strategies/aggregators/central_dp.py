@@ -170,7 +170,7 @@ class PrivateMean:
             totals,
             clip_norm=self.section.clip_norm,
             noise_multiplier=self.section.noise_multiplier,
-            noise=self.noise(reservation.seq),
+            noise=self.noise(reservation.stream),
         )
         del updates, totals
         merged = _moved(start, names, [part / self.setting.sites for part in released])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -131,13 +132,24 @@ def test_time_is_utc_and_may_jump_back(tmp_path: Path) -> None:
     ]
 
 
-def test_equal_histories_are_equal_files(tmp_path: Path) -> None:
-    """A simulation with a fixed clock and salt repeats bit for bit; a real ledger draws its own salt."""
-    for name, salt in (("a", "5" * 64), ("b", "5" * 64), ("c", "")):
-        made = opened(tmp_path / name, clock=lambda: datetime(2030, 1, 1, tzinfo=UTC), salt=salt)
+def test_equal_histories_have_unlike_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head must not be a commitment that can be tried out: not even who knows every line but the salt can make it.
+
+    The twin: with the salt known, the whole file is.
+    """
+    clock = {"clock": lambda: datetime(2030, 1, 1, tzinfo=UTC)}
+    for name in ("a", "b"):
+        made = opened(tmp_path / name, **clock)
         made.commit(spend(made, 1), sha256=HASH)
-    files = [(tmp_path / name / "ledger.jsonl").read_bytes() for name in "abc"]
-    assert files[0] == files[1] != files[2]
+    files = [(tmp_path / name / "ledger.jsonl").read_bytes() for name in ("a", "b")]
+    lines = [[json.loads(line) for line in content.splitlines()] for content in files]
+    assert all(one["hash"] != two["hash"] for one, two in zip(*lines, strict=True))
+    salts = [found[0]["salt"] for found in lines]
+    assert salts[0] != salts[1]
+    monkeypatch.setattr(module.secrets, "token_hex", lambda _: salts[0])
+    again = opened(tmp_path / "c", **clock)
+    again.commit(spend(again, 1), sha256=HASH)
+    assert (tmp_path / "c/ledger.jsonl").read_bytes() == files[0]
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80])
