@@ -122,6 +122,10 @@ class Book:
         filtered = kinds.index(Filtered) if Filtered in kinds else len(kinds)
         return Reserved in kinds[:filtered]
 
+    def is_made(self, reservation_id: str) -> bool:
+        """Return whether a reservation became an artefact."""
+        return any(isinstance(entry, Committed) and entry.id == reservation_id for entry in self.entries)
+
     def last_made(self, run: str, round_number: int) -> Made | None:
         """Return the newest reservation of this run and round that became an artefact, if any."""
         made = {entry.id: entry.sha256 for entry in self.entries if isinstance(entry, Committed)}

@@ -122,11 +122,22 @@ def one_step(receipt: DpReceipt) -> DpReceipt:
     return dataclasses.replace(alone, event=dataclasses.replace(event, **single))
 
 
-def describe(mechanism: DpReceipt) -> str:
-    """Return a mechanism in words: 'noise multiplier 0.8 at sample rate 0.01'."""
+def repeated(mechanism: DpReceipt, times: int) -> DpReceipt:
+    """Return `times` repetitions of one step. Raises: LedgerRefusal below one."""
     event = mechanism.event
+    many = {"steps": times} if isinstance(event, PoissonGaussian) else {"count": times}
+    made = dataclasses.replace(mechanism, event=dataclasses.replace(event, **many))
+    check_receipt(made)
+    return made
+
+
+def describe(receipt: DpReceipt) -> str:
+    """Return a receipt in words: '60 steps of noise multiplier 0.8 at sample rate 0.01'; one step without its count."""
+    event = receipt.event
     if isinstance(event, PoissonGaussian):
-        return f"noise multiplier {event.noise_multiplier:g} at sample rate {event.sample_rate:g}"
-    name = type(event).__name__.lower()
-    values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event) if f.name not in {"count", "clip_norm"}}
-    return f"{name} with {', '.join(f'{key} {value:g}' for key, value in values.items())}"
+        what = f"noise multiplier {event.noise_multiplier:g} at sample rate {event.sample_rate:g}"
+        return what if event.steps == 1 else f"{event.steps} steps of {what}"
+    name, skipped = type(event).__name__.lower(), {"count", "clip_norm"}
+    values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event) if f.name not in skipped}
+    what = f"{name} with {', '.join(f'{key} {value:g}' for key, value in values.items())}"
+    return what if event.count == 1 else f"{event.count} times {what}"
