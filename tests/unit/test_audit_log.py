@@ -128,7 +128,7 @@ def test_a_run_s_name_is_kept_short_and_on_its_line(tmp_path: Path) -> None:
 # --- what was tampered with
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_change_is_detected(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """A byte changed, removed or added; lines removed, moved or repeated; the end cut: each with the head kept."""
@@ -225,7 +225,7 @@ def test_a_torn_line_is_removed_and_said(tmp_path: Path, events: int) -> None:
     path, _ = written(tmp_path, events + 1)
     content = path.read_bytes()
     start = content.rstrip(b"\n").rfind(b"\n") + 1
-    for length in range(start + 1, len(content)):
+    for length in range(start + 1, len(content), 7):
         path.write_bytes(content[:length])
         with pytest.raises(AuditBroken, match=rf"seq {events} is torn"):
             verify(path)
