@@ -9,7 +9,8 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume test test-slow test-all audit bench-step check format setup professional corpus export clean
+.PHONY: demo resume test test-slow test-all audit bench-step ledger preflight audit-log check format setup professional \
+  corpus export clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
 	@$(BIN)/python -m simulations.launch --config configs/demo.toml $(ARGS)
@@ -30,6 +31,15 @@ audit: setup  ## is it really DP? three layers, 2,000 canaries, mistakes planted
 
 bench-step: setup  ## what a DP step and a site's round cost, against peft and Opacus (about 40 minutes, one core)
 	PYTHONPATH=. $(BIN)/python benchmarks/dp_step.py
+
+ledger: setup  ## make ledger SITE=dir: what a site spent, entry by entry, what is left, and whether all is whole
+	@$(BIN)/python -m clients.desk ledger $(SITE)
+
+preflight: setup  ## make preflight SITE=dir CONFIG=configs/x.toml [OVERRIDES="a=1 b=2"]: what a run would spend there
+	@$(BIN)/python -m clients.desk preflight $(SITE) --config $(CONFIG) --overrides '$(OVERRIDES)'
+
+audit-log: setup  ## make audit-log SITE=dir: what a site decided, and whether the log is whole
+	@$(BIN)/python -m clients.desk audit-log $(SITE)
 
 check: setup  ## what CI holds a change to besides the tests: format, lint, types, floors
 	$(BIN)/ruff format --check .

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -11,7 +12,8 @@ from clients.learners import AnyLearner
 from clients.stages import PublicConstants
 from fl_app.config import Section, Tree, parse
 from fl_app.errors import ConfigInvalid
-from fl_app.privacy.renyi_filter import Composition
+from fl_app.hash_chain import canonical
+from fl_app.types import Composition, ReleaseKind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,9 +55,11 @@ class _Limits(Section):
     min_noise_multiplier: Annotated[float, Field(gt=0)]
     max_noise_multiplier: Annotated[float, Field(gt=0)]
     max_steps_per_round: Annotated[int, Field(ge=1)]
+    max_clip_norm: Annotated[float, Field(gt=0)] = 1e6
     max_rounds: Annotated[int, Field(ge=1)]
-    release_kinds: list[Literal["adapter", "vector", "histogram"]]
+    release_kinds: list[ReleaseKind]
     base_models: list[str] = Field(default_factory=list)
+    allowed_configs: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=list)
     simulation: bool = False
     non_private: bool = False
 
@@ -63,16 +67,23 @@ class _Limits(Section):
 class SitePolicy(Section):
     """`site.toml`: what the data holder allows. `max_noise_multiplier`: above it a release would carry no signal.
 
-    `composition`: "renyi_filter" where later runs may be chosen after looking at what earlier ones released; it costs
-    5 to 15 % more noise (more where few steps at a low rate are planned), and a ledger once held by a filter stays so.
-    "fixed_schedule" is right for plans made ahead. `non_private`: whether a learner without noise may run, after which
-    this ledger never certifies anything again.
+    `composition`: under "fixed_schedule" the first reservation fixes noise multiplier and sample rate for the life of
+    the ledger; steps, rounds and runs stay open. "renyi_filter" lets every run choose its noise from what is left; it
+    costs 5 to 15 % more noise (more where few steps at a low rate are planned), and a ledger once held by it stays so.
+    `max_clip_norm` bounds what one unit moves a sum by, noise and all; no epsilon depends on it, so its default is the
+    learners' own limit. `allowed_configs` lists the digests of the configurations that may train here; empty: any.
+    `non_private`: whether a learner without noise may run, after which this ledger never certifies anything again.
     """
 
     site: _Site
     privacy: _Privacy
     constants: _Constants
     limits: _Limits
+
+    @property
+    def id(self) -> str:
+        """The SHA-256 of the policy as it was understood: equal for files that say the same."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json"))).hexdigest()
 
     def public_constants(self) -> PublicConstants:
         """Return the constants a learner may use."""

@@ -3,8 +3,10 @@
     policy -> what the round would cost -> ledger reserves -> learn -> outbox -> ledger commits -> upload
 
 Nothing is computed from a row before the ledger has reserved; an unfinished reservation stays spent; what was once
-committed is resent from the outbox and never trained again. Whatever goes wrong, a `Refusal` with a code and an
-opaque id leaves; the reason stays in the site's own log.
+committed is resent from the outbox and never trained again. Before anything is asked of it the ledger must be whole,
+hold every release that the outbox has, and contain the head that the server saw last: an older copy is refused. Each
+step is on the audit log's record before the next. Whatever goes wrong, a `Refusal` with a code and an opaque id leaves;
+the reason stays in the site's own log.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from clients import outbox
-from clients.config import SitePolicy, read_policy
+from clients import gate, outbox, spending
 from clients.private_rows import read_private_rows
+from clients.site import Site, public_head
 from clients.stages import Workbench
 from fl_app import inference, journal, lora, models
 from fl_app.errors import (
     AdapterMismatch,
+    AuditBroken,
     BudgetSpent,
     ConfigInvalid,
     LedgerRefusal,
@@ -33,33 +36,28 @@ from fl_app.errors import (
     RunInvalid,
     StillroomError,
 )
-from fl_app.privacy.accountants import pld
-from fl_app.privacy.calibrate import noise_multiplier
-from fl_app.privacy.chain import Committed, Reserved
+from fl_app.hash_chain import is_digest
 from fl_app.privacy.events import no_noise
-from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.seeds import stream
-from fl_app.sequences import WIDTH_STEP
-from fl_app.types import Hello, PoissonGaussian, Probe, Refusal, Upload
+from fl_app.types import NO_HEAD, Hello, Probe, Refusal, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from clients.config import ClientSection
-    from clients.stages import Learner
+    from clients.config import ClientSection, SitePolicy
     from fl_app.config import SharedConfig
-    from fl_app.models import FrozenModel
+    from fl_app.privacy.ledger import Ledger
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.privacy.renyi_filter import RenyiFilter
-    from fl_app.types import Broadcast, DpReceipt, RefusalCode
+    from fl_app.types import Broadcast, RefusalCode
 
 ReplyT = TypeVar("ReplyT")
 
 _CODES: tuple[tuple[type[StillroomError], RefusalCode], ...] = (
     (BudgetSpent, "budget_spent"),
     (LedgerRefusal, "ledger"),
+    (AuditBroken, "ledger"),
     (PolicyRefusal, "policy"),
     (RowsInvalid, "rows"),
     (ModelMissing, "model"),
@@ -67,29 +65,6 @@ _CODES: tuple[tuple[type[StillroomError], RefusalCode], ...] = (
     (ConfigInvalid, "policy"),
     (RunInvalid, "policy"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """A site's directory: `rows.jsonl`, `codes.jsonl`, `site.toml` in; `ledger/`, `outbox/`, `site.log` beside them."""
-
-    directory: Path
-
-    @property
-    def policy(self) -> SitePolicy:
-        """The site's own policy, read afresh: it may be tightened while a run goes on."""
-        return read_policy(self.directory)
-
-    def ledger(self, policy: SitePolicy) -> Ledger:
-        """The site's ledger on these rows and this unit."""
-        rows = self.directory / "rows.jsonl"
-        if not rows.is_file():
-            raise RowsInvalid(f"no rows at {rows}: a site directory holds rows.jsonl and site.toml")
-        with rows.open("rb") as handle:
-            fingerprint = hashlib.file_digest(handle, "sha256").hexdigest()
-        # Seeded noise protects nobody, so its spending may never be certified together with real spending.
-        fingerprint += "+simulation" if policy.limits.simulation else ""
-        return Ledger.open(self.directory / "ledger" / "ledger.jsonl", dataset=fingerprint, unit=policy.privacy.unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +94,18 @@ def hello(site: Site) -> Hello:
     """Return the site's name and the public part of its policy, with what its ledger has spent so far."""
     policy = site.policy
     privacy = policy.privacy
+    ledger = site.ledger(policy)
+    promised = ledger.book().promise(privacy.composition, epsilon=privacy.epsilon, delta=privacy.delta)
+    site.note_policy(policy)
+    site.audit.append("ledger_verified", policy_id=policy.id)
     return Hello(
         site=policy.site.name,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
+        epsilon=promised.epsilon,
+        delta=promised.delta,
         unit=privacy.unit,
-        spent=site.ledger(policy).spent(privacy.delta),
+        spent=ledger.spent(privacy.delta),
+        head=public_head(ledger, policy),
+        composition=promised.composition,
     )
 
 
@@ -152,22 +133,44 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     """
     shared, asked = settings.shared, settings.asked
     policy = site.policy
+    site.note_policy(policy)
     learner = asked.learner.build()
-    _check_policy(policy, learner, broadcast, shared)
+    gate.check(
+        policy,
+        gate.Request(
+            learner=learner,
+            run=shared.run,
+            round_number=broadcast.round,
+            base=broadcast.adapter.base,
+            config_digest=broadcast.config_digest,
+        ),
+    )
+    site.check_place(policy)
     # A name used again for another configuration is another run: ledger, kept noise, cap and outbox all go by this.
     broadcast = dataclasses.replace(broadcast, run=broadcast.named)
+    note = _Notes(site=site, run=broadcast.run, round_number=broadcast.round, policy_id=policy.id)
+    seen = note("run_seen", object_sha256=broadcast.config_digest)
     ledger = site.ledger(policy)
+    if broadcast.head not in {"", NO_HEAD}:
+        ledger.verify(broadcast.head)
+    outbox.check_witnesses(site.outbox, ledger.entries())
     resend = _resend(site, policy, ledger, broadcast)
     if resend is not None:
+        note("resent", object_sha256=outbox.sha256_of(resend.release))
         return resend
 
-    renyi = _filter(policy, ledger)
+    book = ledger.book()
+    renyi = book.settle(policy.privacy.composition, epsilon=policy.privacy.epsilon, delta=policy.privacy.delta)
     receipt, budget = None, math.inf
     if learner.private:
-        receipt, budget = _announced(policy, ledger, renyi, learner, broadcast, shared, asked)
+        asking = spending.Round(
+            run=broadcast.run, number=broadcast.round, rounds=shared.run.rounds, epsilon=asked.epsilon
+        )
+        cost = spending.announced(policy, book, renyi, learner, asking)
+        receipt, budget = cost.receipt, cost.budget
     frozen = models.load(shared.model.name, shared.model.dtype)
     lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
-    _check_length(policy, frozen)
+    gate.check_length(policy, frozen)
     codes = _codes(site.directory)
     rows = read_private_rows(
         site.directory / "rows.jsonl", unit=policy.privacy.unit, max_rows_per_unit=policy.privacy.max_rows_per_unit
@@ -180,159 +183,81 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         epsilon=budget,
         delta=policy.privacy.delta,
         renyi=renyi,
+        promise=policy.privacy.epsilon if receipt else math.inf,
+        policy_id=policy.id,
+        audit=seen,
     )
+    note("reserved", ledger_seq=reservation.seq)
     bench = Workbench(
         model=frozen,
         codes=codes,
-        noise=_noise(policy, shared, entry=reservation.seq),
+        noise=_noise(policy, shared, entry=reservation.stream),
         system=shared.model.system,
     )
     release = learner(rows, broadcast.adapter, receipt, policy.public_constants(), bench)
     del rows, bench
+    note("trained", ledger_seq=reservation.seq)
     sha256 = outbox.put(
-        site.directory / "outbox",
+        site.outbox,
         run=broadcast.run,
         round_number=broadcast.round,
         adapter=release.adapter,
         base_name=shared.model.name,
+        reservation=reservation,
     )
-    ledger.commit(reservation.id, sha256=sha256)
-    return Upload(
+    note("outbox", object_sha256=sha256, ledger_seq=reservation.seq)
+    committed = ledger.commit(reservation.id, sha256=sha256)
+    note("committed", object_sha256=sha256, ledger_seq=committed)
+    upload = Upload(
         site=policy.site.name,
         round=broadcast.round,
         release=release,
         receipts=(receipt,) if receipt else None,
         spent=ledger.spent(policy.privacy.delta),
         run=broadcast.run,
+        head=public_head(ledger, policy),
     )
+    note("sent", object_sha256=sha256, ledger_seq=committed)
+    return upload
 
 
-def _check_policy(policy: SitePolicy, learner: Learner, broadcast: Broadcast, shared: SharedConfig) -> None:
-    """Raise `PolicyRefusal` unless the site allows what the server asks."""
-    limits = policy.limits
-    if learner.release_kind not in limits.release_kinds:
-        raise PolicyRefusal(f"release kind {learner.release_kind!r} is not allowed; site.toml: {limits.release_kinds}")
-    if not learner.private and not limits.non_private:
-        raise PolicyRefusal("a learner without noise is asked; site.toml: limits.non_private = false")
-    if learner.steps > limits.max_steps_per_round:
-        raise PolicyRefusal(f"{learner.steps} steps a round asked, at most {limits.max_steps_per_round} allowed")
-    if shared.run.rounds > limits.max_rounds or broadcast.round > shared.run.rounds:
-        raise PolicyRefusal(
-            f"round {broadcast.round} of {shared.run.rounds} asked, at most {limits.max_rounds} rounds allowed"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Notes:
+    """What one round enters into the audit log; each entry is on disk before what it stands for goes on."""
+
+    site: Site
+    run: str
+    round_number: int
+    policy_id: str
+
+    def __call__(self, action: str, *, object_sha256: str = "", ledger_seq: int = -1) -> str:
+        """Write one entry and return its hash. Raises: AuditBroken."""
+        return self.site.audit.append(
+            action,
+            run=self.run,
+            round=self.round_number,
+            object_sha256=object_sha256 if is_digest(object_sha256) else "",
+            policy_id=self.policy_id,
+            ledger_seq=ledger_seq,
         )
-    if limits.base_models and broadcast.adapter.base not in limits.base_models:
-        raise PolicyRefusal(f"base model {broadcast.adapter.base[:12]} is not on the list of site.toml")
-    if shared.run.mode == "simulation" and not limits.simulation:
-        raise PolicyRefusal("run.mode is 'simulation' (seeded noise, no privacy); this site trains in production only")
-    if shared.run.mode == "production" and limits.simulation:
-        raise PolicyRefusal(
-            "site.toml allows simulation, so its ledger certifies nothing; set limits.simulation = false"
-        )
-
-
-def _check_length(policy: SitePolicy, frozen: FrozenModel) -> None:
-    """Raise `PolicyRefusal` when a row might be longer than the model's positions.
-
-    Found out at a row, it would fail the round in which that row is drawn, and the failure would tell of the row; a
-    model that stretches its positions on the way (dynamic RoPE) would carry one row's length into others' gradients.
-    """
-    most = getattr(frozen.model.config.get_text_config(), "max_position_embeddings", None)
-    width = -(-policy.constants.max_tokens // WIDTH_STEP) * WIDTH_STEP
-    if most is not None and width > most:
-        raise PolicyRefusal(
-            f"constants.max_tokens = {policy.constants.max_tokens} (padded to {width}) exceeds the {most} positions of "
-            f"{frozen.resolved.name}; lower it in site.toml"
-        )
-
-
-def _filter(policy: SitePolicy, ledger: Ledger) -> RenyiFilter | None:
-    """Return the Renyi filter that holds this site's ledger, None for PLD alone. Raises: LedgerRefusal."""
-    privacy = policy.privacy
-    return ledger.filter(privacy.composition, epsilon=privacy.epsilon, delta=privacy.delta)
-
-
-def _announced(
-    policy: SitePolicy,
-    ledger: Ledger,
-    renyi: RenyiFilter | None,
-    learner: Learner,
-    broadcast: Broadcast,
-    shared: SharedConfig,
-    asked: ClientSection,
-) -> tuple[DpReceipt, float]:
-    """Return this round's receipt and the epsilon the ledger may reach.
-
-    The noise multiplier is chosen once, before the first round of a run, so that what remains is spread over all
-    planned rounds; later rounds keep it, whatever they learned: a schedule fixed in advance is what the accountant's
-    composition assumes. `client.epsilon` caps what this run adds, by PLD, to what was spent before it; a filter knows
-    no such share, it holds the whole.
-
-    Raises: BudgetSpent; PolicyRefusal when the site has raised its noise floor since the run began.
-    """
-    delta = policy.privacy.delta
-    reserved = [entry for entry in ledger.entries() if isinstance(entry, Reserved)]
-    before = [receipt for entry in reserved if entry.run != broadcast.run for receipt in entry.receipts]
-    budget = min(policy.privacy.epsilon, pld.epsilon(before, delta) + asked.epsilon)
-    kept = [
-        r.event.noise_multiplier
-        for e in reserved
-        if e.run == broadcast.run
-        for r in e.receipts
-        if isinstance(r.event, PoissonGaussian)
-    ]
-    multiplier = (
-        kept[0]
-        if kept
-        else noise_multiplier(
-            ledger.receipts(),
-            sample_rate=policy.constants.sample_rate,
-            steps=learner.steps,
-            rounds=shared.run.rounds - broadcast.round + 1,
-            clip_norm=learner.clip_norm,
-            unit=policy.privacy.unit,
-            epsilon=budget,
-            delta=delta,
-            floor=policy.limits.min_noise_multiplier,
-            ceiling=policy.limits.max_noise_multiplier,
-            renyi=renyi,
-        )
-    )
-    if multiplier < policy.limits.min_noise_multiplier:
-        raise PolicyRefusal(
-            f"run {broadcast.run} began with noise multiplier {multiplier}, site.toml now asks for at least "
-            f"{policy.limits.min_noise_multiplier}; start a new run"
-        )
-    receipt = learner.announce(policy.public_constants(), multiplier)
-    assert receipt is not None  # the learner is private
-    if not (total := pld.epsilon([*ledger.receipts(), receipt], delta)) <= budget:
-        raise BudgetSpent(
-            f"run {broadcast.run} round {broadcast.round} would reach epsilon {total:.4g} of {budget:.4g}"
-        )
-    if renyi is not None:
-        renyi.require([*ledger.receipts(), receipt])
-    return receipt, budget
 
 
 def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast) -> Upload | None:
     """Return the upload of this run and round from the outbox, when the ledger says that it was made."""
     open_entry = (no_noise(policy.privacy.unit),)
-    entries = ledger.entries()
-    made = {entry.id: entry.sha256 for entry in entries if isinstance(entry, Committed)}
-    for entry in reversed(entries):
-        if isinstance(entry, Reserved) and (entry.run, entry.round) == (broadcast.run, broadcast.round):
-            if entry.id not in made:
-                continue
-            folder = site.directory / "outbox"
-            release = outbox.get(folder, run=broadcast.run, round_number=broadcast.round, sha256=made[entry.id])
-            return Upload(
-                site=policy.site.name,
-                round=broadcast.round,
-                release=release,
-                receipts=None if entry.receipts == open_entry else entry.receipts,
-                spent=ledger.spent(policy.privacy.delta),
-                run=broadcast.run,
-            )
-    return None
+    found = ledger.book().last_made(broadcast.run, broadcast.round)
+    if found is None:
+        return None
+    release = outbox.get(site.outbox, run=broadcast.run, round_number=broadcast.round, sha256=found.sha256)
+    return Upload(
+        site=policy.site.name,
+        round=broadcast.round,
+        release=release,
+        receipts=None if found.reserved.receipts == open_entry else found.reserved.receipts,
+        spent=ledger.spent(policy.privacy.delta),
+        run=broadcast.run,
+        head=public_head(ledger, policy),
+    )
 
 
 def _noise(policy: SitePolicy, shared: SharedConfig, *, entry: int) -> NoiseSource:
@@ -366,12 +291,10 @@ def _refuse(site: Site, run: str, round_number: int, code: RefusalCode, reason: 
         name = "unnamed"
     place = f"{name}/{run}/{round_number}/{code}"
     incident = hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    logger = logging.getLogger("stillroom.site")
     if site.directory.is_dir():
-        try:  # a key of a row may be no valid text, and the disk may be full: neither may leave
-            with (site.directory / "site.log").open("a", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(f"run {run!r} round {round_number} {code} {incident} {reason}\n")
-        except OSError as error:
-            logger.warning("site %s: site.log cannot be written (%s)", name, error.strerror)
-    logger.warning("site %s answers %s (incident %s in its site.log)", name, code, incident)
+        site.log(f"run {run!r} round {round_number} {code} {incident} {reason}")
+        site.note_refusal(run, round_number, code)
+    logging.getLogger("stillroom.site").warning(
+        "site %s answers %s (incident %s in its site.log)", name, code, incident
+    )
     return Refusal(site=name, round=round_number, code=code, incident=incident)

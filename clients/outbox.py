@@ -1,8 +1,19 @@
-"""What a site has released, kept on its own disk: a resend comes from here, never from a second training."""
+"""What a site has released, kept on its own disk: a resend comes from here, never from a second training.
+
+Each release is a folder that appears as a whole, adapter and `manifest.json` together:
+
+    {"id": reservation, "ledger_seq": its line, "round", "run", "sha256": the adapter's}
+
+So the outbox is the ledger's witness. A folder is made after its reservation is on disk and before anything leaves; a
+ledger that does not hold the reservation of a folder is an older copy, whoever put it back, and with whatever `.next`.
+
+Out of scope: an owner who removes folders along with lines; whoever keeps a head sees that (`privacy.ledger`).
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -11,29 +22,49 @@ from typing import TYPE_CHECKING
 
 from fl_app import lora
 from fl_app.errors import LedgerCorrupt
+from fl_app.privacy.chain import WAY_OUT, Committed, Reserved
 from fl_app.types import AdapterRelease
 
 if TYPE_CHECKING:
-    from fl_app.types import Adapter
+    from collections.abc import Sequence
+    from typing import Any
+
+    from fl_app.privacy.chain import Entry
+    from fl_app.privacy.ledger import Reservation
+    from fl_app.types import Adapter, Release
+
+MANIFEST = "manifest.json"
 
 
-def put(outbox: Path, *, run: str, round_number: int, adapter: Adapter, base_name: str) -> str:
+def put(
+    outbox: Path, *, run: str, round_number: int, adapter: Adapter, base_name: str, reservation: Reservation
+) -> str:
     """Write the release of one round as a whole and return its hash."""
     target = _place(outbox, run, round_number)
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for place in (outbox, target.parent):
+        place.mkdir(exist_ok=True, mode=0o700)
     folder = Path(tempfile.mkdtemp(dir=target.parent))
+    sha256 = lora.sha256(adapter)
     lora.save_peft(adapter, folder, base_name=base_name)
+    manifest = {
+        "id": reservation.id,
+        "ledger_seq": reservation.seq,
+        "run": run,
+        "round": round_number,
+        "sha256": sha256,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True) + "\n", encoding="ascii")
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if target.exists():
         shutil.rmtree(target)
     folder.rename(target)
-    for place in (target.parent, outbox):
+    for place in (target, target.parent, outbox, outbox.parent):
         descriptor = os.open(place, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return lora.sha256(adapter)
+    return sha256
 
 
 def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> AdapterRelease:
@@ -48,6 +79,34 @@ def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> AdapterRel
     if lora.sha256(adapter) != sha256:
         raise LedgerCorrupt(f"{place} is not the release committed as {sha256[:12]}; restore it from a backup")
     return AdapterRelease(adapter=adapter)
+
+
+def check_witnesses(outbox: Path, entries: Sequence[Entry]) -> None:
+    """Return when the ledger holds the reservation of every release in the outbox, and committed no other for it.
+
+    Raises: LedgerCorrupt naming the release that the ledger does not know.
+    """
+    reserved = {e.id: (e.run, e.round, e.seq) for e in entries if isinstance(e, Reserved)}
+    committed = {e.id: e.sha256 for e in entries if isinstance(e, Committed)}
+    for place in sorted(outbox.glob(f"*/round-*/{MANIFEST}")):
+        try:
+            said: Any = json.loads(place.read_text(encoding="ascii"))
+            release = (said["run"], said["round"], said["ledger_seq"])
+            known = reserved.get(said["id"]) == release
+            same = committed.get(said["id"], said["sha256"]) == said["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise LedgerCorrupt(f"{place} cannot be read; restore it from a backup") from None
+        if not known or not same:
+            raise LedgerCorrupt(
+                f"{place.parent} was released, but the ledger {'knows another' if known else 'does not know it'}: the "
+                f"ledger was rolled back; {WAY_OUT}"
+            )
+
+
+def sha256_of(release: Release) -> str:
+    """Return the hash of an adapter's release."""
+    assert isinstance(release, AdapterRelease)
+    return lora.sha256(release.adapter)
 
 
 def _place(outbox: Path, run: str, round_number: int) -> Path:

@@ -11,6 +11,7 @@
     │   ├── BudgetSpent      the remaining budget does not carry what was asked
     │   └── LedgerCorrupt    the file is torn, foreign or was changed by hand
     ├── PolicyRefusal        the site's own policy forbids what the server asks
+    ├── AuditBroken          the audit log was changed, cut, or cannot be written
     ├── TeacherFailed        the professional gave no usable answer
     ├── RunInvalid           a run directory cannot be continued or read
     └── RoundFailed          a round has no result; the run stops and says why
@@ -66,6 +67,10 @@ class LedgerCorrupt(LedgerRefusal):
 
 class PolicyRefusal(StillroomError):
     """The site's own policy forbids what the server asks."""
+
+
+class AuditBroken(StillroomError):
+    """The audit log was changed, cut, or cannot be written."""
 
 
 class TeacherFailed(StillroomError):

@@ -2,7 +2,9 @@
 
     runs/<id>/
       config.toml digest.txt     what was asked            journal.jsonl   what happened, live
+      launch.json                how it was started        audit.jsonl     who decided what, hash-chained
       rounds/<n>/                releases/ merged/ drafts.jsonl screened.json lessons.jsonl target/
+      rounds/<n>/done/           what each phase committed, so that the run can go on from there
       target/                    the newest target, PEFT   summary.json    every figure of the report
       client_level/              the server's own ledger, where an aggregator adds noise
       report.html                written by the simulator

@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     Floats: TypeAlias = npt.NDArray[np.float32]
 
 Relation: TypeAlias = Literal["add_or_remove_one"]
+Composition: TypeAlias = Literal["fixed_schedule", "renyi_filter"]
+"""How a site's ledger adds up: `fixed_schedule` by PLD and a plan, `renyi_filter` under a Renyi filter as well."""
 ReleaseKind: TypeAlias = Literal["adapter", "vector", "histogram"]
 RefusalCode: TypeAlias = Literal["budget_spent", "policy", "ledger", "rows", "model", "internal"]
+
+NO_HEAD = "0" * 64
+"""What stands for the head of a ledger that has none to show: a simulated site's, or one without salt."""
 
 REFUSAL_CODES: tuple[RefusalCode, ...] = ("budget_spent", "policy", "ledger", "rows", "model", "internal")
 
@@ -130,6 +135,9 @@ class Upload:
     `spent` is the epsilon, at the site's delta, of everything its ledger ever reserved, this round included: a
     function of public constants, claimed by the site. The server recomputes what this run's receipts add up to.
     `run` is the run and configuration that it answers, as `Broadcast.named`.
+
+    `head` is the hash of the ledger's last line when the upload left. It is salted, so it tells nothing of the rows;
+    whoever keeps it can show that the ledger was rolled back. NO_HEAD from a simulated site, whose replies must repeat.
     """
 
     site: str
@@ -138,6 +146,7 @@ class Upload:
     receipts: tuple[DpReceipt, ...] | None
     spent: float
     run: str = ""
+    head: str = NO_HEAD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +161,20 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """How a site introduces itself: its public name and the public part of its policy."""
+    """How a site introduces itself: its public name and the public part of its policy.
+
+    (`epsilon`, `delta`) is what its ledger promises whatever it is asked, held by `composition`; `delta` is twice the
+    policy's after a change from a fixed schedule to a filter. `spent` is at the policy's own delta, so it is true at
+    this one too. `head` as in `Upload`.
+    """
 
     site: str
     epsilon: float
     delta: float
     unit: str
     spent: float
+    head: str = NO_HEAD
+    composition: Composition = "fixed_schedule"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,12 +265,17 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Broadcast:
-    """What the server sends to every site at the start of a round. `run` names the run in every ledger."""
+    """What the server sends to every site at the start of a round. `run` names the run in every ledger.
+
+    `head` is the last head that the server saw from the very site it writes to, empty when there was none; a site
+    whose ledger does not contain it was rolled back, and refuses.
+    """
 
     run: str
     round: int
     adapter: Adapter
     config_digest: str
+    head: str = ""
 
     @property
     def named(self) -> str:

@@ -22,15 +22,27 @@ import io
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fl_app import lora
 from fl_app.errors import LedgerRefusal, WireViolation
+from fl_app.hash_chain import is_digest
 from fl_app.privacy.events import receipt_from_dict, receipt_to_dict
-from fl_app.types import REFUSAL_CODES, Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Probe, Refusal, Upload
+from fl_app.types import (
+    REFUSAL_CODES,
+    Adapter,
+    AdapterRelease,
+    Broadcast,
+    Composition,
+    Hello,
+    LoraFactors,
+    Probe,
+    Refusal,
+    Upload,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,10 +72,10 @@ MANIFEST_BYTES = 1 << 16
 PER_ARRAY_BYTES = 512
 """What an array may take beside its numbers: its header (128), its name, and what the message says of it."""
 
-BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256"})
-UPLOAD_KEYS = frozenset({"site", "run", "round", "kind", "base", "alpha", "sha256", "receipts", "spent"})
+BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256", "head"})
+UPLOAD_KEYS = frozenset({"site", "run", "round", "kind", "base", "alpha", "sha256", "receipts", "spent", "head"})
 REFUSAL_KEYS = frozenset({"site", "round", "code", "incident"})
-HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent"})
+HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent", "head", "composition"})
 PROBE_KEYS = frozenset({"site", "round", "items", "bits_per_byte"})
 
 _RULES = {"site": "site", "run": "run", "round": "round", "base": "base", "receipts": "receipt", "spent": "spent"}
@@ -79,8 +91,16 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
         "base": broadcast.adapter.base,
         "alpha": broadcast.adapter.alpha,
         "sha256": lora.sha256(broadcast.adapter),
+        "head": broadcast.head,
     }
     return RecordDict({"broadcast": ConfigRecord(manifest), "arrays": _pack_arrays(broadcast.adapter)})
+
+
+def addressed(content: RecordDict, head: str) -> RecordDict:
+    """Return a packed broadcast with the head of one site's ledger; the arrays are shared, not copied."""
+    manifest, arrays = content["broadcast"], content["arrays"]
+    assert isinstance(manifest, ConfigRecord)
+    return RecordDict({"broadcast": ConfigRecord({**manifest, "head": head}), "arrays": arrays})
 
 
 def unpack_broadcast(content: RecordDict) -> Broadcast:
@@ -92,6 +112,7 @@ def unpack_broadcast(content: RecordDict) -> Broadcast:
         round=_whole(manifest, "round"),
         adapter=adapter,
         config_digest=_text(manifest, "config_digest"),
+        head=_head(manifest) if manifest["head"] != "" else "",
     )
 
 
@@ -117,6 +138,7 @@ def pack_reply(reply: Upload | Refusal | Hello | Probe) -> RecordDict:
         "sha256": lora.sha256(adapter),
         "receipts": json.dumps(receipts),
         "spent": float(reply.spent),
+        "head": reply.head,
     }
     assert manifest.keys() == UPLOAD_KEYS
     return RecordDict({"upload": ConfigRecord(manifest), "arrays": _pack_arrays(adapter)})
@@ -160,6 +182,7 @@ def unpack_reply(content: RecordDict, spec: LoraSpec | None = None) -> Upload | 
         receipts=_receipts(_text(manifest, "receipts", MAX_RECEIPTS_TEXT)),
         spent=_spending(manifest, "spent"),
         run=_text(manifest, "run"),
+        head=_head(manifest),
     )
 
 
@@ -180,6 +203,8 @@ def _pack_hello(hello: Hello) -> RecordDict:
         "delta": float(hello.delta),
         "unit": hello.unit,
         "spent": float(hello.spent),
+        "head": hello.head,
+        "composition": hello.composition,
     }
     assert fields.keys() == HELLO_KEYS
     return RecordDict({"hello": ConfigRecord(fields)})
@@ -199,12 +224,17 @@ def unpack_hello(content: RecordDict) -> Hello:
             f"delta = {delta:g} and epsilon = {epsilon:g}: above 0, and at most {MAX_DELTA:g} and {MAX_EPSILON:g}",
             rule="spent",
         )
+    composition = _text(fields, "composition")
+    if composition not in get_args(Composition):
+        raise WireViolation(f"composition {composition[:40]!r}; known: {', '.join(get_args(Composition))}")
     return Hello(
         site=_text(fields, "site"),
         epsilon=epsilon,
         delta=delta,
         unit=_text(fields, "unit"),
         spent=_spending(fields, "spent"),
+        head=_head(fields),
+        composition=cast("Composition", composition),
     )
 
 
@@ -357,6 +387,13 @@ def _text(fields: Mapping[str, Any], key: str, limit: int = MAX_TEXT) -> str:
     if len(value) > limit:
         raise WireViolation(f"{key} is {len(value)} characters, at most {limit}", rule="size")
     return value
+
+
+def _head(fields: Mapping[str, Any]) -> str:
+    """Return the head of a ledger; 64 zeros when there is none to show."""
+    if not is_digest(fields["head"]):
+        raise WireViolation(f"head = {str(fields['head'])[:80]!r} is no SHA-256 in lower-case hex")
+    return fields["head"]
 
 
 def _number(fields: Mapping[str, Any], key: str) -> float:

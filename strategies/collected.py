@@ -18,7 +18,7 @@ from fl_app.types import AdapterRelease, Refusal, Upload
 from strategies.validate import Rejection, broken_rule, cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from fl_app.lora import LoraSpec
@@ -123,6 +123,19 @@ def judge(
     )
 
 
+def too_few(number: int, judged: Judged, need: int, unready: Iterable[str]) -> str:
+    """Return why a round has no result, site by site, and what may be done."""
+    refused = ", ".join(f"{one.site}: {one.code}" for one in judged.refusals)
+    turned_away = ", ".join(f"{site}: {broken.rule}" for site, broken in judged.rejected.items())
+    return (
+        f"round {number}: {len(judged.sound)} of {judged.asked} sites sent a sound upload, {need} needed "
+        f"(refused: {refused or 'none'}; rejected: {turned_away or 'none'}; silent: "
+        f"{', '.join(judged.silent) or 'none'}; never ready: {', '.join(unready) or 'none'}). The target of the last "
+        "round is kept; resume the run when the sites are back: those that have trained answer again without spending "
+        "anything."
+    )
+
+
 def release_folder(folder: Path, site: str) -> Path:
     """Return where a site's release lies in a round's directory."""
     return folder / "releases" / site
@@ -147,7 +160,8 @@ def to_json(judged: Judged) -> dict[str, Any]:
     value["strays"] = [asdict(one) for one in judged.strays]
     value["refusals"] = [asdict(refusal) for refusal in judged.refusals]
     value["sound"] = [
-        {"site": one.site, "spent": one.spent, "round": one.round, "run": one.run} for one in judged.sound
+        {"site": one.site, "spent": one.spent, "round": one.round, "run": one.run, "head": one.head}
+        for one in judged.sound
     ]
     return value
 
@@ -179,4 +193,5 @@ def _upload(told: Mapping[str, Any], place: Path) -> Upload:
         receipts=None if receipts is None else tuple(receipt_from_dict(receipt) for receipt in receipts),
         spent=float(told["spent"]),
         run=told["run"],
+        head=told["head"],
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from fl_app import lora, models, text
+from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.journal import Journal
@@ -87,8 +88,17 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
     """
     if not shared.run.directory:
         raise ConfigInvalid("run.directory is empty: give the absolute path of the run directory")
-    exam = read_exam(server.exam, seed=shared.run.seed)
+    # First of all: whoever else plays this run must be found out before anything in its directory is touched.
     checkpoint = Checkpoint(Path(shared.run.directory), run=run, config_digest=digest(tree))
+    try:
+        return _build(tree, shared, server, run=run, checkpoint=checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str, checkpoint: Checkpoint) -> Pipeline:
+    exam = read_exam(server.exam, seed=shared.run.seed)
     local = models.load(shared.model.name, shared.model.dtype)
     spec = lora.spec_of(local, shared.lora)
     professional = models.load(server.professional.model or shared.model.name, shared.model.dtype)
@@ -128,6 +138,7 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
         exam=exam,
         journal=record,
         checkpoint=checkpoint,
+        audit=AuditLog(setting.directory / "audit.jsonl", "server"),
         spending=Spending(journal=record),
         config_digest=digest(tree),
         tree=tree,

@@ -70,7 +70,9 @@ class Knowledge(Strategy):
                 result.evaluate_metrics_clientapp[rounds] = metrics
             write_summary(pipeline, status="completed", seconds=time.monotonic() - began)
             pipeline.journal.event("run_finished")
+            pipeline.note("run_finished")
         except BaseException as error:
+            pipeline.note("run_failed", outcome="failed")
             pipeline.journal.event("run_failed", error=type(error).__name__, message=str(error))
             said = str(error) if isinstance(error, StillroomError) else f"{type(error).__name__}: {error}"
             write_summary(pipeline, status="failed", error=said, seconds=time.monotonic() - began)
@@ -158,7 +160,17 @@ class Knowledge(Strategy):
         content = wire.pack_broadcast(self.pipeline.broadcast(number))
         self._bytes_down = wire.num_bytes(content)
         ttl = self.network.reply_timeout_s
-        return [Message(content, node, kind, group_id=str(number), ttl=ttl) for node in self.cohort.nodes()]
+        heads = self.pipeline.spending.heads
+        return [
+            Message(
+                wire.addressed(content, heads.get(self.cohort.hellos[node].site, "")),
+                node,
+                kind,
+                group_id=str(number),
+                ttl=ttl,
+            )
+            for node in self.cohort.nodes()
+        ]
 
     def _wave(self, grid: Grid, phase: str, number: int, messages: Iterable[Message]) -> list[Message]:
         """Send a wave and return what came in time, telling the journal as it comes."""

@@ -27,15 +27,16 @@ from fl_app.errors import RoundFailed
 from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_site
 from fl_app.seeds import stream
-from fl_app.types import Broadcast, Merged, RoundRecord
+from fl_app.types import AdapterRelease, Broadcast, Merged, RoundRecord
 from strategies import readback
-from strategies.collected import from_json, judge, needed, to_json, write_release
+from strategies.collected import from_json, judge, needed, to_json, too_few, write_release
 from strategies.spending import NON_PRIVATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
+    from fl_app.audit_log import AuditLog
     from fl_app.config import SharedConfig
     from fl_app.journal import Journal
     from fl_app.lora import LoraSpec
@@ -84,6 +85,7 @@ class Pipeline:
     exam: Exam
     journal: Journal
     checkpoint: Checkpoint
+    audit: AuditLog
     spending: Spending
     config_digest: str
     tree: dict[str, Any]
@@ -122,6 +124,7 @@ class Pipeline:
         self.spending.join(sites)
         here = self.spending.sites
         self.unready = dict(began.value["unready"])
+        self.note("run_started" if done is None else "run_resumed")
         self.journal.event(
             "run_started" if done is None else "run_resumed",
             run=self.run,
@@ -171,6 +174,7 @@ class Pipeline:
         if self.checkpoint.find(number, "publish") is None:
             journal.write_json(folder / "record.json", record)
             lora.save_peft(target, self.journal.directory / "target", base_name=self.shared.model.name)
+            self.note("target_published", number, object_sha256=lora.sha256(target))
             self.checkpoint.commit(number, "publish", files=[folder / "record.json"], value={}, seconds=0.0)
             self.journal.event(
                 "round_finished",
@@ -204,15 +208,20 @@ class Pipeline:
                 broadcast=self.broadcast(number),
                 spec=self.spec,
                 spending=self.spending,
-                seen=self._seen(),
+                seen=self.spending.adapters(self.start, self.records),
                 cap=self.cap,
                 accept_non_private=self.accept_non_private,
             )
             need = needed(judged.asked, self.quorum)
             if len(judged.sound) < need:
                 self.spending.enter(number, judged)
-                raise RoundFailed(self._too_few(number, judged, need))
+                raise RoundFailed(too_few(number, judged, need, self.unready.values()))
             shutil.rmtree(folder / "releases", ignore_errors=True)  # of an attempt that was stopped
+            for upload in judged.sound:
+                assert isinstance(upload.release, AdapterRelease)
+                self.note("release_taken", number, object_sha256=lora.sha256(upload.release.adapter))
+            for broken in judged.rejected.values():
+                self.note("release_rejected", number, outcome="rejected", code=broken.rule)
             base_name = self.shared.model.name
             places = [write_release(folder, upload, base_name=base_name) for upload in judged.sound]
             return Made(files=places, value=to_json(judged), seconds=judged.seconds)
@@ -222,28 +231,6 @@ class Pipeline:
         judged = from_json(done.value, folder, seconds=done.seconds)
         self.spending.enter(number, judged)
         return judged
-
-    def _seen(self) -> dict[str, str]:
-        """Return every adapter of former rounds by its hash: no release of this one can be one of them."""
-        seen = {lora.sha256(self.start): "the adapter that the run began with"}
-        for record in self.records:
-            seen |= {
-                record.hashes[name]: f"the {name} adapter of round {record.round}" for name in ("merged", "target")
-            }
-        for one in self.spending.released:
-            seen[one["sha256"]] = f"the release of {one['site']} in round {one['round']}"
-        return seen
-
-    def _too_few(self, number: int, judged: Judged, need: int) -> str:
-        refused = ", ".join(f"{one.site}: {one.code}" for one in judged.refusals)
-        turned_away = ", ".join(f"{site}: {broken.rule}" for site, broken in judged.rejected.items())
-        return (
-            f"round {number}: {len(judged.sound)} of {judged.asked} sites sent a sound upload, {need} needed "
-            f"(refused: {refused or 'none'}; rejected: {turned_away or 'none'}; silent: "
-            f"{', '.join(judged.silent) or 'none'}; never ready: "
-            f"{', '.join(self.unready.values()) or 'none'}). The target of the last round is kept; resume the run when "
-            "the sites are back: those that have trained answer again without spending anything."
-        )
 
     def _aggregate(self, number: int, judged: Judged, folder: Path, seconds: dict[str, float]) -> Merged:
         def work() -> Made:
@@ -401,6 +388,12 @@ class Pipeline:
             seconds[name] = took
         self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 3)
         self.journal.event("phase_finished", round=number, phase=name, seconds=took)
+
+    def note(
+        self, action: str, number: int = 0, *, object_sha256: str = "", outcome: str = "ok", code: str = ""
+    ) -> None:
+        """Put on record what is about to be done: `audit.jsonl`, before it is done. Raises: AuditBroken."""
+        self.audit.append(action, run=self.run, round=number, object_sha256=object_sha256, outcome=outcome, code=code)
 
     def _rng(self, name: str, number: int) -> Any:
         return stream(self.shared.run.seed, name, number)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from fl_app import lora
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.statement import of_receipts, rounded_up
-from fl_app.types import AdapterRelease
+from fl_app.types import NO_HEAD, AdapterRelease
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fl_app.journal import Journal
-    from fl_app.types import ClientLevelCost, DpReceipt, Hello, Upload
+    from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Hello, RoundRecord, Upload
     from strategies.collected import Judged
 
 NON_PRIVATE = "not differentially private at site level"
@@ -31,7 +31,9 @@ NON_PRIVATE = "not differentially private at site level"
 class Spending:
     """The sites of a run with what they spent, and the releases that paid for; tells the journal as it goes.
 
-    `released` are the lines of "what left a site"; `client_level` what merged adapters cost at the server.
+    `released` are the lines of "what left a site"; `client_level` what merged adapters cost at the server. `heads` are
+    the heads of the sites' ledgers as they were last shown: a site gets its own back, and refuses when its ledger does
+    not contain it, because then an older copy was put in its place.
     """
 
     journal: Journal
@@ -41,9 +43,11 @@ class Spending:
     unheard: set[str] = field(default_factory=set)
     non_private: set[str] = field(default_factory=set)
     client_level: list[ClientLevelCost] = field(default_factory=list)
+    heads: dict[str, str] = field(default_factory=dict)
 
     def join(self, sites: Mapping[str, Hello]) -> None:
         """Learn of sites; what is known of one already stays."""
+        self.heads = {**{name: hello.head for name, hello in sites.items() if hello.head != NO_HEAD}, **self.heads}
         self.sites = {**sites, **self.sites}
 
     def epsilon(self, site: str) -> float:
@@ -55,6 +59,17 @@ class Spending:
             return math.inf
         receipts = self.receipts.get(site, [])
         return pld.epsilon(receipts, self.sites[site].delta) if receipts else 0.0
+
+    def adapters(self, start: Adapter, records: Sequence[RoundRecord]) -> dict[str, str]:
+        """Return every adapter of former rounds by its hash, and what it was: no new release can be one of them."""
+        known = {lora.sha256(start): "the adapter that the run began with"}
+        for record in records:
+            known |= {
+                record.hashes[name]: f"the {name} adapter of round {record.round}" for name in ("merged", "target")
+            }
+        for one in self.released:
+            known[one["sha256"]] = f"the release of {one['site']} in round {one['round']}"
+        return known
 
     def enter(self, number: int, judged: Judged) -> None:
         """Enter the receipts of sound releases and what rejected sites spent; tell the journal about every site."""
@@ -97,6 +112,8 @@ class Spending:
     def _enter_release(self, number: int, upload: Upload, num_bytes: int) -> None:
         assert isinstance(upload.release, AdapterRelease)
         receipts = upload.receipts
+        if upload.head != NO_HEAD:
+            self.heads[upload.site] = upload.head
         if receipts is None:
             self.non_private.add(upload.site)
         self.receipts.setdefault(upload.site, []).extend(receipts or ())

@@ -104,7 +104,7 @@ def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
         "spent_is_lower_bound": site in pipeline.spending.unheard,
         "private": hello.spent < math.inf,
         "budget": hello.epsilon,
-        **of_site(delta=hello.delta, unit=hello.unit).fields(),
+        **of_site(delta=hello.delta, unit=hello.unit, composition=hello.composition).fields(),
         "rdp": rdp.epsilon(None if site in pipeline.spending.non_private else receipts, hello.delta),
         "by_round": [record.epsilon.get(site, 0.0) for record in pipeline.records],
         "noise_multiplier": [

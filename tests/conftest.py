@@ -86,7 +86,7 @@ def learned(spec: LoraSpec) -> Callable[[int], Adapter]:
 @pytest.fixture
 def site_folder(tmp_path: Path) -> SiteFolder:
     folder = SiteFolder(directory=tmp_path / "harbour")
-    folder.directory.mkdir()
+    folder.directory.mkdir(mode=0o700)
     folder.policy()
     folder.rows([json.dumps(row) for row in ROWS])
     (folder.directory / "codes.jsonl").write_text('{"id": "cough", "text": "A cough:"}\n', encoding="utf-8")

@@ -1,29 +1,31 @@
 """The line format of the ledger: canonical JSON, numbered, each line bound to the one before by its hash.
 
-    {"dataset","hash","kind":"header","prev","schema","seq","time","unit"}
-    {"hash","id","kind":"reserve","prev","receipts","round","run","seq","time"}
-    {"hash","id","kind":"commit","prev","seq","sha256","time"}
+    {"dataset","hash","kind":"header","prev","salt","schema","seq","time","unit"}
+    {"delta","epsilon","hash","kind":"plan","mechanism","prev","seq","time"}
     {"delta","epsilon","hash","kind":"filter","order","prev","seq","time"}
+    {"audit","hash","id","kind":"reserve","policy_id","prev","receipts","round","run","seq","time"}
+    {"hash","id","kind":"commit","prev","seq","sha256","time"}
 
-The last stands before the first reservation under a Renyi filter, if there is one; a version that does not know it
-refuses the whole file, as it must.
+A plan stands before the first reservation of a fixed schedule, a filter before the first one under a Renyi filter; a
+version that does not know them refuses the whole file, as it must. Schema 1, still read and continued, had no salt, no
+plan, and no `policy_id` and `audit` in its reservations.
 
-`hash` is the SHA-256 of the canonical line without it; `prev` is the line before's, 64 zeros for the header. A line
-whose bytes are not exactly the canonical form of what they say is refused, so there is no byte that may change.
+The salt is random and never leaves the site. Every later hash depends on it, so a head that is sent along commits to
+the chain and to nothing that the receiver could try out: without it a server that knows all rows but one could hash its
+guess of the last, build the header, and compare.
 
-Out of scope: files, locks, crashes and budgets (`ledger`).
+Out of scope: files, locks, crashes and budgets (`ledger`); what makes a line (`fl_app.hash_chain`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fl_app.errors import LedgerCorrupt, LedgerRefusal
+from fl_app.hash_chain import NO_LINE, is_digest, unseal
 from fl_app.privacy.events import receipt_from_dict
+from fl_app.privacy.plan import Plan
 from fl_app.privacy.renyi_filter import RenyiFilter
 
 if TYPE_CHECKING:
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
 
     from fl_app.types import DpReceipt
 
-SCHEMA = 1
-NO_LINE = "0" * 64
+SCHEMA = 2
+READABLE = (1, SCHEMA)
+"""Schema 1 differs in what it lacks; its lines mean what they always meant."""
 WAY_OUT = (
     "restore the newest copy of the ledger and its .next file together; if there is none, treat this data set's "
     "budget as spent: more may have been released than the file says"
@@ -41,18 +44,26 @@ WAY_OUT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """Line 0: whose budget this is. `dataset` is a fingerprint, `unit` the privacy unit, `time` UTC in ISO 8601."""
+    """Line 0: whose budget this is. `dataset` is a fingerprint, `unit` the privacy unit, `time` UTC in ISO 8601.
+
+    `salt` is what keeps the hashes from telling the fingerprint; empty in schema 1, whose heads must not be sent.
+    """
 
     seq: int
     hash: str
     time: str
     dataset: str
     unit: str
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved:
-    """Spending, from the moment it is written, finished or not."""
+    """Spending, from the moment it is written, finished or not.
+
+    `policy_id` is the policy it was granted under, `audit` the head of the site's audit log at that moment: a copy of
+    the log that does not contain it was cut. Both are empty where nobody gave them.
+    """
 
     seq: int
     hash: str
@@ -61,6 +72,8 @@ class Reserved:
     run: str
     round: int
     receipts: tuple[DpReceipt, ...]
+    policy_id: str = ""
+    audit: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +97,17 @@ class Filtered:
     renyi: RenyiFilter
 
 
-Entry: TypeAlias = Header | Reserved | Committed | Filtered
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """From here on `plan` holds this ledger; one before which nothing was reserved gives way to a later one."""
+
+    seq: int
+    hash: str
+    time: str
+    plan: Plan
+
+
+Entry: TypeAlias = Header | Reserved | Committed | Filtered | Planned
 
 
 def read_chain(content: bytes, path: Path) -> list[Entry]:
@@ -105,18 +128,40 @@ def read_chain(content: bytes, path: Path) -> list[Entry]:
     return entries
 
 
+def completed(content: bytes, intent: bytes, path: Path) -> bytes:
+    """Return the ledger's bytes with the append that `intent`, the bytes of `.next`, announces finished.
+
+    Raises: LedgerCorrupt when the two do not belong together (the table in `ledger`).
+    """
+    whole, newline, torn = content.rpartition(b"\n")
+    whole += newline
+    lines = whole.count(b"\n")
+    if not intent:
+        if torn:
+            raise LedgerCorrupt(f"{path} line {lines + 1} is torn, and there is no .next; {WAY_OUT}")
+        return content
+    announced = read_line(intent.removesuffix(b"\n"), path.with_name(path.name + ".next"), 1)
+    if announced["seq"] == lines and intent.endswith(b"\n"):
+        if not intent.startswith(torn):
+            raise LedgerCorrupt(f"{path} line {lines + 1} is torn and is not what .next holds; {WAY_OUT}")
+        read_chain(whole + intent, path)  # never complete a chain that .next does not continue
+        return whole + intent
+    last = whole.rstrip(b"\n").rpartition(b"\n")[2]
+    if torn or announced["seq"] != lines - 1 or last + b"\n" != intent:
+        read_chain(whole, path)  # when a line was changed, name that line first
+        raise LedgerCorrupt(
+            f"{path} ends at line {lines}, but .next holds line {announced['seq'] + 1}: an older or another copy was "
+            f"put back; {WAY_OUT}"
+        )
+    return content
+
+
 def read_line(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     """Return one line whose hash is right and whose bytes are canonical. Raises: LedgerCorrupt."""
-    try:
-        parsed: object = json.loads(raw)
-    except ValueError:  # JSON and UTF-8 errors alike
-        parsed = None
-    if isinstance(parsed, dict):
-        line = cast("dict[str, Any]", parsed)
-        with contextlib.suppress(ValueError, TypeError):  # nan, or a lone surrogate: not canonical either
-            if _canonical(line) == raw and line.get("hash") == _hash(line) and isinstance(line.get("seq"), int):
-                return line
-    raise LedgerCorrupt(f"{path} line {number} was changed: its bytes do not match its hash; {WAY_OUT}")
+    line = unseal(raw)
+    if line is None:
+        raise LedgerCorrupt(f"{path} line {number} was changed: its bytes do not match its hash; {WAY_OUT}")
+    return line
 
 
 def to_entry(line: dict[str, Any], path: Path) -> Entry:
@@ -125,10 +170,13 @@ def to_entry(line: dict[str, Any], path: Path) -> Entry:
     rest = {key: value for key, value in line.items() if key not in (*common, "prev", "kind")}
     match line["kind"]:
         case "header":
-            if rest.pop("schema") != SCHEMA:
+            if (schema := rest.pop("schema")) not in READABLE:
                 raise LedgerCorrupt(
-                    f"{path} has schema {line['schema']!r}, we read {SCHEMA}; use the version that wrote it"
+                    f"{path} has schema {schema!r}, we read {', '.join(map(str, READABLE))}; use the version that "
+                    "wrote it"
                 )
+            if schema != 1 and not is_digest(rest["salt"]):
+                raise LedgerRefusal("a header of schema 2 holds a salt of 64 hex digits")
             return Header(**common, **rest)
         case "reserve":
             receipts = tuple(receipt_from_dict(tree) for tree in rest.pop("receipts"))
@@ -137,19 +185,8 @@ def to_entry(line: dict[str, Any], path: Path) -> Entry:
             return Committed(**common, **rest)
         case "filter":
             return Filtered(**common, renyi=RenyiFilter(**rest))
+        case "plan":
+            mechanism = receipt_from_dict(rest.pop("mechanism"))
+            return Planned(**common, plan=Plan(**rest, mechanism=mechanism))
         case kind:
             raise LedgerCorrupt(f"{path} line {line['seq'] + 1} has unknown kind {kind!r}; {WAY_OUT}")
-
-
-def seal(line: dict[str, Any]) -> bytes:
-    """Put the hash into `line` and return its bytes, newline included."""
-    line["hash"] = _hash(line)
-    return _canonical(line) + b"\n"
-
-
-def _canonical(line: dict[str, Any]) -> bytes:
-    return json.dumps(line, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _hash(line: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical({key: value for key, value in line.items() if key != "hash"})).hexdigest()

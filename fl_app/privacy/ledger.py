@@ -19,14 +19,18 @@ until the next append and so also tells that a shorter copy of the ledger was pu
 | a byte, a hash, a number or a key is off     | edited                                           | LedgerCorrupt    |
 | both files gone, or both older               | cannot be seen here; `verify(known_head)` can    | new ledger       |
 
-Everything ever reserved adds up in one of two ways, as the site's policy says: by PLD alone, which certifies a
-schedule fixed in advance, or also under a Renyi filter, which certifies releases chosen after looking at earlier ones.
-The filter is written down before the first reservation under it; from then on nothing is reserved without it, and its
-order and budget stay (the table in `renyi_filter`).
+Everything ever reserved adds up in one of two ways, as the site's policy says. By PLD, which certifies a schedule fixed
+in advance: a plan is written before the first reservation, and whatever follows is made of it (`plan`). Or also under a
+Renyi filter, which certifies releases chosen after looking at earlier ones: it is written before the first reservation
+under it, and its order and budget stay (the table in `renyi_filter`). From then on nothing is reserved without it.
 
-Out of scope: an owner who rewrites both files with fresh hashes. `head` is there to be sent along, so whoever keeps
-the last one can tell. Every operation takes an exclusive lock and reads the file anew: nothing is remembered between
-calls, threads and processes may share a ledger. Needs POSIX locks: a local disk, not a network share.
+There is no way to void a reservation, on purpose. That a round crashed may itself depend on a row (a letter that breaks
+a tokenizer), and the server sees that it did: a crash that costs nothing is a question that may be asked for ever. And
+"no release of it is in the outbox" does not say that none left: a copy of the outbox may be older than the ledger.
+
+Out of scope: an owner who rewrites both files with fresh hashes. `public_head` is there to be sent along, so whoever
+keeps the last one can tell. Every operation takes an exclusive lock and reads the file anew: nothing is remembered
+between calls, threads and processes may share a ledger. Needs POSIX locks: a local disk, not a network share.
 
 Source: ours; order of operations from reliability-and-security.md B4, write-ahead intent from ARIES.
 """
@@ -34,40 +38,36 @@ Source: ours; order of operations from reliability-and-security.md B4, write-ahe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import os
+import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from fl_app.errors import BudgetSpent, LedgerCorrupt, LedgerRefusal
+from fl_app.errors import LedgerCorrupt, LedgerRefusal
+from fl_app.hash_chain import is_digest, seal
 from fl_app.privacy.accountants import pld
+from fl_app.privacy.book import Asked, Book
 from fl_app.privacy.chain import (
-    NO_LINE,
     SCHEMA,
     WAY_OUT,
     Committed,
     Entry,
-    Filtered,
     Header,
-    Reserved,
+    completed,
     read_chain,
-    read_line,
-    seal,
     to_entry,
 )
 from fl_app.privacy.events import check_together, no_noise, receipt_to_dict
-from fl_app.privacy.renyi_filter import settle
-from fl_app.privacy.statement import of_receipts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
-    from fl_app.privacy.renyi_filter import Composition, RenyiFilter
-    from fl_app.types import DpReceipt
+    from fl_app.privacy.renyi_filter import RenyiFilter
+    from fl_app.types import Composition, DpReceipt
 
 
 def _utc_now() -> datetime:
@@ -76,11 +76,15 @@ def _utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What `reserve` granted. `spent` is the epsilon of the whole ledger with this reservation, as `Ledger.spent`."""
+    """What `reserve` granted. `spent` is the epsilon of the whole ledger with this reservation, as `Ledger.spent`.
+
+    `stream` names the simulated noise of this reservation and no other: its `seq`, lines of plans not counted.
+    """
 
     id: str
     seq: int
     spent: float
+    stream: int
 
 
 class Ledger:
@@ -117,19 +121,25 @@ class Ledger:
         epsilon: float,
         delta: float,
         renyi: RenyiFilter | None = None,
+        promise: float | None = None,
+        policy_id: str = "",
+        audit: str = "",
     ) -> Reservation:
         """Spend `receipts` if everything ever reserved plus them stays within `epsilon` at `delta` by PLD.
 
         An infinite `epsilon` admits `events.no_noise` and nothing else; nothing finite fits afterwards.
 
-        With `renyi`, as `filter` gave it, everything ever reserved must also be admitted by that filter, and the ledger
-        is held by it from now on. `epsilon` may then be less than the filter's: a cap on the pace, not the promise.
+        `promise` is the policy's own epsilon, of which `epsilon` may be a part: a cap on the pace (None: the same).
+        Without `renyi` the first reservation fixes the plan that all others follow. With `renyi`, as `filter` gave it,
+        everything ever reserved must also be admitted by that filter, and the ledger is held by it from now on.
+
+        `policy_id` and `audit` are kept with the reservation.
 
         The same run and round cost again: the earlier reservation may have released something.
         Guarantee: when this returns, the spending is on disk; when it raises BudgetSpent, nothing was written.
         Raises: BudgetSpent; LedgerCorrupt; LedgerRefusal for no receipts, a foreign unit, an unknown event, a
-        non-finite budget, a filter that is not this ledger's or none where there is one, or a disk that cannot be
-        written (then it may count as spent, and nothing was released).
+        non-finite budget, another mechanism than planned, a filter that is not this ledger's or none where there is
+        one, or a disk that cannot be written (then it may count as spent, and nothing was released).
         """
         if not 0 < epsilon < float("inf") and tuple(receipts) != (no_noise(self._unit),):
             raise LedgerRefusal(f"budget epsilon = {epsilon!r} must be positive and finite")
@@ -138,51 +148,51 @@ class Ledger:
         if not run or not receipts:
             raise LedgerRefusal("a reservation needs a run and at least one receipt; a release without any is refused")
         self._check_unit(receipts)
+        asked = Asked(
+            run=run,
+            round_number=round_number,
+            receipts=tuple(receipts),
+            epsilon=epsilon,
+            delta=delta,
+            promise=epsilon if promise is None else promise,
+            renyi=renyi,
+        )
         with self._locked() as book:
-            book.check_filter(renyi)
-            after = [*book.receipts, *receipts]
-            if renyi is not None:
-                renyi.require(after)  # first: where it binds, raising epsilon is no way out
-            total = pld.epsilon(after, delta)
-            if not total <= epsilon:
-                statement = of_receipts(after, delta=delta, accountant=pld.label())
-                spent, asked = pld.epsilon(book.receipts, delta), pld.epsilon(receipts, delta)
-                raise BudgetSpent(
-                    f"spent {spent:.4g} of epsilon {epsilon:g} {statement.words()}; "
-                    f"run {run} round {round_number} asks {asked:.4g}, together {total:.4g}; ask for less, or raise "
-                    "epsilon in the site's policy"
-                )
-            if renyi is not None and book.renyi is None:
-                self._append(book, {"kind": "filter", **dataclasses.asdict(renyi)})
+            total, first = book.admit(asked)
+            if first is not None:
+                self._append(book, first)
             # Unique in this chain and equal in equal simulations: it names its place in the chain.
             place = f"{book.head}/{len(book.entries)}/{run}/{round_number}"
-            reservation_id = hashlib.sha256(place.encode()).hexdigest()[:16]
+            reservation_id = hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             body = {
                 "kind": "reserve",
                 "id": reservation_id,
                 "run": run,
                 "round": round_number,
                 "receipts": [receipt_to_dict(receipt) for receipt in receipts],
+                "policy_id": policy_id,
+                "audit": audit,
             }
             entry = self._append(book, body)
-            return Reservation(id=reservation_id, seq=entry.seq, spent=_spent(book, total, delta))
+            stream = book.stream_of(entry.seq)
+            return Reservation(id=reservation_id, seq=entry.seq, spent=book.spent(total, delta), stream=stream)
 
-    def commit(self, reservation_id: str, *, sha256: str) -> None:
-        """Record that a reservation became the artefact with this hash (64 lower-case hex digits).
+    def commit(self, reservation_id: str, *, sha256: str) -> int:
+        """Record that a reservation became the artefact with this hash (64 lower-case hex digits); return the seq.
 
         Raises: LedgerRefusal for an unknown reservation, one committed before, or something that is no hash.
         """
-        if len(sha256) != len(NO_LINE) or set(sha256) - set("0123456789abcdef"):
+        if not is_digest(sha256):
             raise LedgerRefusal(f"{sha256[:80]!r} is no SHA-256 in lower-case hex")
         with self._locked() as book:
-            if not any(isinstance(e, Reserved) and e.id == reservation_id for e in book.entries):
+            if not any(entry.id == reservation_id for entry in book.reserved):
                 raise LedgerRefusal(f"no reservation {reservation_id!r} in {self._path}; reserve before you train")
             for entry in book.entries:
                 if isinstance(entry, Committed) and entry.id == reservation_id:
                     raise LedgerRefusal(
                         f"reservation {reservation_id} was committed as {entry.sha256}; resend that from the outbox"
                     )
-            self._append(book, {"kind": "commit", "id": reservation_id, "sha256": sha256})
+            return self._append(book, {"kind": "commit", "id": reservation_id, "sha256": sha256}).seq
 
     def receipts(self) -> tuple[DpReceipt, ...]:
         """Return everything ever reserved, in order, committed or not. Raises: LedgerCorrupt."""
@@ -197,16 +207,21 @@ class Ledger:
         Raises: LedgerCorrupt, LedgerRefusal.
         """
         with self._locked() as book:
-            return _spent(book, pld.epsilon(book.receipts, delta), delta)
+            return book.spent(pld.epsilon(book.receipts, delta), delta)
 
     def filter(self, composition: Composition, *, epsilon: float, delta: float) -> RenyiFilter | None:
-        """Return the filter under which this ledger goes on if the site's policy says so, None for PLD alone.
+        """Return the filter under which this ledger goes on if the site's policy says so, None for its plan alone.
 
         Nothing is written: the filter is recorded with the first reservation under it.
-        Raises: LedgerCorrupt; LedgerRefusal when the policy would leave the recorded filter, or raise its promise.
+        Raises: LedgerCorrupt; LedgerRefusal when the policy would leave the recorded filter, or raise the promise.
         """
         with self._locked() as book:
-            return settle(book.renyi, composition=composition, epsilon=epsilon, delta=delta)
+            return book.settle(composition, epsilon=epsilon, delta=delta)
+
+    def book(self) -> Book:
+        """Return what the ledger holds now, as values to reckon with. Raises: LedgerCorrupt."""
+        with self._locked() as book:
+            return Book(entries=list(book.entries))
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every line, the header first. Raises: LedgerCorrupt."""
@@ -215,16 +230,21 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """The hash of the last line, to travel with an upload. Raises: LedgerCorrupt."""
+        """The hash of the last line. Raises: LedgerCorrupt."""
         with self._locked() as book:
             return book.head
 
+    @property
+    def public_head(self) -> str:
+        """The head as it may travel with an upload; 64 zeros for a ledger without salt. Raises: LedgerCorrupt."""
+        with self._locked() as book:
+            return book.public_head
+
     def committed(self, run: str, round_number: int) -> str | None:
         """Return the hash of the last artefact committed for this run and round, if any. Raises: LedgerCorrupt."""
-        entries = self.entries()
-        ids = {e.id for e in entries if isinstance(e, Reserved) and (e.run, e.round) == (run, round_number)}
-        found = [e.sha256 for e in entries if isinstance(e, Committed) and e.id in ids]
-        return found[-1] if found else None
+        with self._locked() as book:
+            found = book.last_made(run, round_number)
+            return found.sha256 if found else None
 
     def verify(self, known_head: str | None = None) -> None:
         """Return when the chain is whole and, if given, `known_head` is the hash of one of its lines.
@@ -241,15 +261,16 @@ class Ledger:
             raise LedgerRefusal(f"receipts are per {receipts[0].unit!r}, the ledger is per {self._unit!r}")
 
     @contextlib.contextmanager
-    def _locked(self) -> Generator[_Book]:
+    def _locked(self) -> Generator[Book]:
         """Hold the ledger alone, with its tail completed, its header there and its chain checked."""
         descriptor = self._writing(lambda: os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             content = self._complete_tail(descriptor)
-            book = _Book(descriptor=descriptor, entries=read_chain(content, self._path))
+            book = Book(descriptor=descriptor, entries=read_chain(content, self._path))
             if not book.entries:
-                self._append(book, {"kind": "header", "schema": SCHEMA, "dataset": self._dataset, "unit": self._unit})
+                header = {"kind": "header", "schema": SCHEMA, "salt": secrets.token_hex(32)}
+                self._append(book, {**header, "dataset": self._dataset, "unit": self._unit})
             self._check_header(book.entries[0])
             yield book
         finally:
@@ -271,34 +292,12 @@ class Ledger:
     def _complete_tail(self, descriptor: int) -> bytes:
         """Return the ledger's bytes after finishing the append that `.next` announces, if it was interrupted."""
         content = _read_all(descriptor)
-        whole, newline, torn = content.rpartition(b"\n")
-        whole += newline
-        lines = whole.count(b"\n")
-        try:
-            intent = self._next.read_bytes()
-        except FileNotFoundError:
-            intent = b""
-        if not intent:
-            if torn:
-                raise LedgerCorrupt(f"{self._path} line {lines + 1} is torn, and there is no .next; {WAY_OUT}")
-            return content
-        announced = read_line(intent.removesuffix(b"\n"), self._next, 1)
-        if announced["seq"] == lines and intent.endswith(b"\n"):
-            if not intent.startswith(torn):
-                raise LedgerCorrupt(f"{self._path} line {lines + 1} is torn and is not what .next holds; {WAY_OUT}")
-            read_chain(whole + intent, self._path)  # never complete a chain that .next does not continue
-            self._write_all(descriptor, intent[len(torn) :])
-            return whole + intent
-        last = whole.rstrip(b"\n").rpartition(b"\n")[2]
-        if torn or announced["seq"] != lines - 1 or last + b"\n" != intent:
-            read_chain(whole, self._path)  # when a line was changed, name that line first
-            raise LedgerCorrupt(
-                f"{self._path} ends at line {lines}, but .next holds line {announced['seq'] + 1}: "
-                f"an older or another copy was put back; {WAY_OUT}"
-            )
-        return content
+        whole = completed(content, _intent(self._next), self._path)
+        if len(whole) > len(content):
+            self._write_all(descriptor, whole[len(content) :])
+        return whole
 
-    def _append(self, book: _Book, body: dict[str, Any]) -> Entry:
+    def _append(self, book: Book, body: dict[str, Any]) -> Entry:
         """Announce the line in `.next`, then append it; both on disk when this returns."""
         time = self._clock().astimezone(UTC).isoformat(timespec="seconds")
         line = {"seq": len(book.entries), "prev": book.head, "time": time, **body}
@@ -343,38 +342,31 @@ class Ledger:
             ) from error
 
 
-@dataclass(slots=True, kw_only=True)
-class _Book:
-    """The ledger while it is locked."""
+def peek(path: Path) -> Book | None:
+    """Return what the ledger at `path` holds, an announced line included; None where there is none.
 
-    descriptor: int
-    entries: list[Entry]
-
-    @property
-    def head(self) -> str:
-        return self.entries[-1].hash if self.entries else NO_LINE
-
-    @property
-    def receipts(self) -> tuple[DpReceipt, ...]:
-        return tuple(receipt for e in self.entries if isinstance(e, Reserved) for receipt in e.receipts)
-
-    @property
-    def renyi(self) -> RenyiFilter | None:
-        """The filter as it was recorded; only the first counts, for it was fixed before all others."""
-        return next((entry.renyi for entry in self.entries if isinstance(entry, Filtered)), None)
-
-    def check_filter(self, renyi: RenyiFilter | None) -> None:
-        """Return when `renyi` is what `settle` makes of this ledger. Raises: LedgerRefusal."""
-        if renyi is None:
-            settle(self.renyi, composition="fixed_schedule", epsilon=1.0, delta=0.5)
-        elif renyi != settle(self.renyi, composition="renyi_filter", epsilon=renyi.epsilon, delta=renyi.delta):
-            raise LedgerRefusal(f"order {renyi.order} is not this ledger's; ask the ledger for its filter")
+    Nothing is written, made or completed, so that looking costs nothing and needs no rights but to read.
+    Raises: LedgerCorrupt; LedgerRefusal when it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LedgerRefusal(f"cannot read {path}: {error.strerror}; fix the directory's permissions") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        content = completed(_read_all(descriptor), _intent(path.with_name(path.name + ".next")), path)
+        return Book(entries=read_chain(content, path))
+    finally:
+        os.close(descriptor)
 
 
-def _spent(book: _Book, by_pld: float, delta: float) -> float:
-    if book.renyi is None:
-        return by_pld
-    return max(by_pld, dataclasses.replace(book.renyi, delta=delta).epsilon_equivalent(book.receipts))
+def _intent(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _read_all(descriptor: int) -> bytes:
@@ -388,7 +380,7 @@ def _read_all(descriptor: int) -> bytes:
 def _make_folder(folder: Path) -> None:
     """Make a folder whose names are on disk, not only in memory."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for made in missing:
         _sync_folder(made.parent)
 

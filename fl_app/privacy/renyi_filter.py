@@ -49,7 +49,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from fl_app.errors import BudgetSpent, LedgerRefusal
 from fl_app.privacy.accountants import rdp
@@ -58,10 +58,7 @@ from fl_app.privacy.events import check_delta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fl_app.types import DpReceipt
-
-Composition: TypeAlias = Literal["fixed_schedule", "renyi_filter"]
-"""How a site's ledger adds up: `fixed_schedule` by PLD alone, `renyi_filter` under this filter as well."""
+    from fl_app.types import Composition, DpReceipt
 
 SHARE = 0.85
 """Of the zCDP that the best order for Gaussians lets through, what must be left; the rest buys a lower order. Measured

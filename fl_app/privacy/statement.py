@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fl_app.privacy.accountants import pld
 from fl_app.types import PoissonGaussian
@@ -18,7 +18,7 @@ from fl_app.types import PoissonGaussian
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fl_app.types import DpReceipt, Relation
+    from fl_app.types import Composition, DpReceipt, Relation
 
 SCHEDULE = "for a schedule fixed in advance"
 """What PLD composition assumes; where later runs are chosen by looking at earlier ones only a filter holds."""
@@ -72,10 +72,18 @@ def of_receipts(receipts: Sequence[DpReceipt], *, delta: float, accountant: str)
     )
 
 
-def of_site(*, delta: float, unit: str) -> Statement:
-    """Return the statement of what a site says that its ledger has spent.
+HELD: dict[Composition | Literal[""], str] = {
+    "": f"{SCHEDULE}, or the site's Renyi filter",
+    "fixed_schedule": SCHEDULE,
+    "renyi_filter": "and the site's Renyi filter, whatever was chosen by looking",
+}
+"""What stands behind the accountant of a site's figure, by the way its ledger adds up; empty: not known, or mixed."""
 
-    A site's policy decides whether a Renyi filter holds its ledger, and does not tell the server. So both are named:
-    the figure is the site's, by PLD or by its filter, and no less than what the server made of its receipts by PLD.
+
+def of_site(*, delta: float, unit: str, composition: Composition | Literal[""] = "") -> Statement:
+    """Return the statement of what a site says that its ledger has spent, and of the budget it is held within.
+
+    The figure is the site's, by PLD or the larger of it and its filter's, and no less than what the server made of its
+    receipts by PLD. `delta` is the one that the site's promise holds at (`types.Hello`).
     """
-    return Statement(delta=delta, unit=unit, accountant=f"{pld.label()}, {SCHEDULE}, or the site's Renyi filter")
+    return Statement(delta=delta, unit=unit, accountant=f"{pld.label()}, {HELD[composition]}")

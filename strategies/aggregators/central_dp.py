@@ -170,7 +170,7 @@ class PrivateMean:
             totals,
             clip_norm=self.section.clip_norm,
             noise_multiplier=self.section.noise_multiplier,
-            noise=self.noise(reservation.seq),
+            noise=self.noise(reservation.stream),
         )
         del updates, totals
         merged = _moved(start, names, [part / self.setting.sites for part in released])
@@ -225,7 +225,8 @@ class PrivateMean:
         for entry in self._mine(ledger):
             same = entry.round == broadcast.round and entry.receipts == (receipt,)
             if same and (entry.id not in committed or self.setting.mode == "simulation"):
-                return Reservation(id=entry.id, seq=entry.seq, spent=ledger.spent(section.delta))
+                spent, stream = ledger.spent(section.delta), ledger.book().stream_of(entry.seq)
+                return Reservation(id=entry.id, seq=entry.seq, spent=spent, stream=stream)
         try:
             return ledger.reserve(
                 run=broadcast.run,

@@ -42,6 +42,7 @@ class _FakeModel:
 class _FakeLab:
     professional = _FakeModel()
     public_words: frozenset[str] = frozenset()
+    directory = None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fl_app import lora, wire
+from fl_app.audit_log import AuditLog
 from fl_app.config import SharedConfig
 from fl_app.errors import RoundFailed
 from fl_app.journal import Journal, read_lines
@@ -232,6 +233,7 @@ def _knowledge(directory: Path, quorum: float, rounds: int = ROUNDS) -> Knowledg
         exam=Exam(choice=(), free=(), max_new_tokens=1, calibrate=False),
         journal=record,
         checkpoint=Checkpoint(directory, run="faults", config_digest="d" * 64),
+        audit=AuditLog(directory / "audit.jsonl", "server"),
         spending=Spending(journal=record),
         config_digest="d" * 64,
         tree={"run": {"rounds": rounds}},

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     Make = Callable[[int], Adapter]
 
 ROUNDS, STEPS = 2, 2
-FOR_THE_SITE_ONLY = {"dataset", "prev", "hash", "time", "id", "sha256"}
-"""Fields of a ledger's lines that name the rows, the adapter or the moment. No message carries any of them."""
+FOR_THE_SITE_ONLY = {"dataset", "salt", "prev", "hash", "time", "id", "sha256", "audit", "ts", "object_sha256"}
+"""Fields of the site's own records that name the rows, the adapter or the moment, or are drawn at random. No message
+carries any of them."""
 ROWS = [{"instruction": f"row {n} is mine", "output": f"dear {n}", "code": "cough"} for n in range(7)]
 EXTRA = {"instruction": "and one more person with a very long story to tell " * 9, "output": "", "code": "cough"}
 
@@ -64,7 +65,7 @@ def written(site: Site) -> dict[str, Any]:
             continue
         if path.suffix == ".safetensors":
             found[name] = path.stat().st_size
-        elif name.startswith("ledger/"):
+        elif name.startswith("ledger/") or name == "audit.jsonl" or path.name == "manifest.json":
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             found[name] = [{k: v for k, v in line.items() if k not in FOR_THE_SITE_ONLY} for line in lines]
         else:
@@ -132,7 +133,7 @@ def test_a_round_leaves_the_same_behind(
     assert all("receipts" in fields for fields in base.sent)  # they did train
     assert base.sent[0]["spent"] < base.sent[1]["spent"]
     assert base == more
-    assert [len(lines) for name, lines in base.files.items() if name == "ledger/ledger.jsonl"] == [1 + 2 * ROUNDS]
+    assert [len(lines) for name, lines in base.files.items() if name == "ledger/ledger.jsonl"] == [2 + 2 * ROUNDS]
 
 
 def test_a_person_with_more_rows_leaves_the_same_behind(both: Any, learned: Make, caplog: Any, capfd: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from fl_app.errors import BudgetSpent, LedgerCorrupt, LedgerRefusal
 from fl_app.privacy import ledger as module
 from fl_app.privacy.accountants import pld, rdp
+from fl_app.privacy.chain import Reserved
 from fl_app.privacy.ledger import Ledger
 from fl_app.types import DpReceipt, Gaussian, PoissonGaussian
 
@@ -53,6 +55,7 @@ def test_a_reservation_is_spent_whether_finished_or_not(ledger: Ledger, tmp_path
     )
     assert [type(entry).__name__ for entry in again.entries()] == [
         "Header",
+        "Planned",
         "Reserved",
         "Committed",
         "Reserved",
@@ -120,18 +123,33 @@ def test_a_foreign_ledger_is_refused(ledger: Ledger, tmp_path: Path) -> None:
 
 def test_time_is_utc_and_may_jump_back(tmp_path: Path) -> None:
     summer = timezone(timedelta(hours=2))
-    times = iter([datetime(2030, 1, 1, 1, tzinfo=summer), datetime(2020, 1, 1, tzinfo=UTC)])
+    times = iter([datetime(2030, 1, 1, 1, tzinfo=summer), *[datetime(2020, 1, 1, tzinfo=UTC)] * 2])
     ledger = opened(tmp_path, clock=lambda: next(times))
     spend(ledger, 1)
-    assert [entry.time for entry in ledger.entries()] == ["2029-12-31T23:00:00+00:00", "2020-01-01T00:00:00+00:00"]
+    assert [entry.time for entry in ledger.entries()] == [
+        "2029-12-31T23:00:00+00:00",
+        *["2020-01-01T00:00:00+00:00"] * 2,
+    ]
 
 
-def test_equal_histories_are_equal_files(tmp_path: Path) -> None:
-    """A simulation with a fixed clock repeats bit for bit."""
+def test_equal_histories_have_unlike_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head must not be a commitment that can be tried out: not even who knows every line but the salt can make it.
+
+    The twin: with the salt known, the whole file is.
+    """
+    clock = {"clock": lambda: datetime(2030, 1, 1, tzinfo=UTC)}
     for name in ("a", "b"):
-        made = opened(tmp_path / name, clock=lambda: datetime(2030, 1, 1, tzinfo=UTC))
+        made = opened(tmp_path / name, **clock)
         made.commit(spend(made, 1), sha256=HASH)
-    assert (tmp_path / "a/ledger.jsonl").read_bytes() == (tmp_path / "b/ledger.jsonl").read_bytes()
+    files = [(tmp_path / name / "ledger.jsonl").read_bytes() for name in ("a", "b")]
+    lines = [[json.loads(line) for line in content.splitlines()] for content in files]
+    assert all(one["hash"] != two["hash"] for one, two in zip(*lines, strict=True))
+    salts = [found[0]["salt"] for found in lines]
+    assert salts[0] != salts[1]
+    monkeypatch.setattr(module.secrets, "token_hex", lambda _: salts[0])
+    again = opened(tmp_path / "c", **clock)
+    again.commit(spend(again, 1), sha256=HASH)
+    assert (tmp_path / "c/ledger.jsonl").read_bytes() == files[0]
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80])
@@ -185,7 +203,7 @@ def test_a_torn_tail_without_its_announcement_stops_all_spending(ledger: Ledger,
     (tmp_path / "ledger.jsonl.next").unlink()
     ledger.verify()
     path.write_bytes(content[:-7])
-    with pytest.raises(LedgerCorrupt, match=r"line 4 is torn.*treat this data set's budget as spent"):
+    with pytest.raises(LedgerCorrupt, match=r"line 5 is torn.*treat this data set's budget as spent"):
         spend(ledger, 5)
     assert path.read_bytes() == content[:-7]
 
@@ -204,10 +222,10 @@ def test_a_rollback_of_both_files_is_seen_by_whoever_kept_the_head(ledger: Ledge
 
 def test_a_newer_schema_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "SCHEMA", 2)
-        patch.setattr("fl_app.privacy.chain.SCHEMA", 2)
+        patch.setattr(module, "SCHEMA", 3)
+        patch.setattr("fl_app.privacy.chain.READABLE", (3,))
         opened(tmp_path)
-    with pytest.raises(LedgerCorrupt, match="schema 2, we read 1"):
+    with pytest.raises(LedgerCorrupt, match="schema 3, we read 1, 2"):
         opened(tmp_path)
 
 
@@ -283,7 +301,7 @@ def story(folder: Path, granted: list[str]) -> None:
         ledger.commit(reservation, sha256=HASH)
 
 
-CALLS = 30
+CALLS = 36
 
 
 def test_the_story_changes_the_disk_in_so_many_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +327,7 @@ def test_no_crash_makes_it_under_count(tmp_path: Path, monkeypatch: pytest.Monke
     if mode == "lost":
         failing.power_fails()
     after = opened(tmp_path)  # a new process: no help from a person
-    reserved = [entry.id for entry in after.entries() if isinstance(entry, module.Reserved)]
+    reserved = [entry.id for entry in after.entries() if isinstance(entry, Reserved)]
     assert set(granted) <= set(reserved)
     assert len(granted) <= len(reserved) <= len(granted) + 1
     before = after.spent(DELTA)
@@ -330,7 +348,7 @@ def test_a_full_disk_is_named_and_survived(tmp_path: Path, monkeypatch: pytest.M
             said = str(refusal)
         assert re.search(r"cannot write .*ledger\.jsonl: No space left.*free some space|^$", said)
     after = opened(tmp_path)
-    assert set(granted) <= {entry.id for entry in after.entries() if isinstance(entry, module.Reserved)}
+    assert set(granted) <= {entry.id for entry in after.entries() if isinstance(entry, Reserved)}
     spend(after, 9)
 
 
@@ -365,7 +383,7 @@ def test_no_sequence_of_operations_exceeds_the_budget(
     folder = tmp_path_factory.mktemp("ledger")
     ledger, granted = opened(folder), 0
     for number, (noise, finished, restarted) in enumerate(wishes):
-        event = PoissonGaussian(noise_multiplier=noise, sample_rate=0.2, steps=5, clip_norm=1.0)
+        event = PoissonGaussian(noise_multiplier=2.0, sample_rate=0.2, steps=int(2 * noise), clip_norm=1.0)
         asked = [DpReceipt(event=event, unit="record")]
         try:
             reservation = ledger.reserve(run="r", round_number=number, receipts=asked, epsilon=2.0, delta=DELTA)

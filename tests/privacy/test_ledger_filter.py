@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_app.errors import BudgetSpent, LedgerCorrupt, LedgerRefusal
+from fl_app.hash_chain import seal
 from fl_app.privacy import ledger as module
 from fl_app.privacy import renyi_filter
 from fl_app.privacy.accountants import pld
-from fl_app.privacy.chain import Filtered, Reserved, seal
+from fl_app.privacy.chain import Filtered
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.renyi_filter import RenyiFilter
 from fl_app.types import DpReceipt, Gaussian, PoissonGaussian
@@ -248,7 +249,7 @@ def test_no_adaptive_sequence_exceeds_the_filter(
 ) -> None:
     """Each wish depends on what was granted before: after a refusal the next asks for the double of its noise."""
     folder = tmp_path_factory.mktemp("ledger")
-    ledger, factor = opened(folder), 1.0
+    ledger, factor, granted = opened(folder), 1.0, earlier
     for number in range(earlier):
         spend(ledger, number, renyi=None)
     for number, (noise, steps) in enumerate(wishes):
@@ -257,11 +258,12 @@ def test_no_adaptive_sequence_exceeds_the_filter(
         renyi = ledger.filter("renyi_filter", epsilon=2.0, delta=DELTA)
         try:
             ledger.reserve(run="r", round_number=number, receipts=asked, epsilon=2.0, delta=DELTA, renyi=renyi)
-            factor = 1.0
+            factor, granted = 1.0, granted + 1
         except BudgetSpent:
+            refused = [*ledger.receipts(), *asked]
+            assert FILTER.spent(refused) > FILTER.budget or pld.epsilon(refused, DELTA) > 2.0
             factor *= 2
     receipts = ledger.receipts()
     assert FILTER.spent(receipts) <= FILTER.budget
     assert pld.epsilon(receipts, DELTA) <= ledger.spent(DELTA) <= 2.0
-    reserved = [entry for entry in ledger.entries() if isinstance(entry, Reserved)]
-    assert sum(len(entry.receipts) for entry in reserved) == len(receipts)
+    assert len(receipts) == granted  # what was granted counts, all of it, and nothing that was refused

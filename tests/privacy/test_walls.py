@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import io
 import json
 import pickle
@@ -105,19 +106,29 @@ OTHERS = (
     DpReceipt(event=Gaussian(noise_multiplier=2.0, clip_norm=0.5, count=3), unit="record"),
     DpReceipt(event=Exponential(epsilon=0.5), unit="record"),
 )
-UPLOAD = Upload(site="inn", round=2, release=AdapterRelease(adapter=small_adapter()), receipts=(RECEIPT,), spent=1.25)
+HEAD = "0a" * 32
+UPLOAD = Upload(
+    site="inn",
+    round=2,
+    release=AdapterRelease(adapter=small_adapter()),
+    receipts=(RECEIPT,),
+    spent=1.25,
+    head=HEAD,
+)
 MESSAGES: dict[str, Message] = {
-    "broadcast": Broadcast(run="run-a", round=2, adapter=small_adapter(), config_digest="d" * 64),
+    "broadcast": Broadcast(run="run-a", round=2, adapter=small_adapter(), config_digest="d" * 64, head=HEAD),
     "upload": UPLOAD,
     "refusal": Refusal(site="inn", round=2, code="budget_spent", incident="0123456789ab"),
-    "hello": Hello(site="inn", epsilon=8.0, delta=1e-5, unit="record", spent=0.0),
+    "hello": Hello(
+        site="inn", epsilon=8.0, delta=1e-5, unit="record", spent=0.0, head=HEAD, composition="renyi_filter"
+    ),
     "probe": Probe(site="inn", round=2, items=3, bits_per_byte=2.5),
 }
 KEYS = {
-    "broadcast": ["alpha", "base", "config_digest", "round", "run", "sha256"],
-    "upload": ["alpha", "base", "kind", "receipts", "round", "run", "sha256", "site", "spent"],
+    "broadcast": ["alpha", "base", "config_digest", "head", "round", "run", "sha256"],
+    "upload": ["alpha", "base", "head", "kind", "receipts", "round", "run", "sha256", "site", "spent"],
     "refusal": ["code", "incident", "round", "site"],
-    "hello": ["delta", "epsilon", "site", "spent", "unit"],
+    "hello": ["composition", "delta", "epsilon", "head", "site", "spent", "unit"],
     "probe": ["bits_per_byte", "items", "round", "site"],
 }
 ARRAYS = ["m.0.q.a", "m.0.q.b", "m.1.v.a", "m.1.v.b"]
@@ -217,6 +228,12 @@ def refused(name: str, content: RecordDict, words: str = ".") -> None:
         READ[name](content)
 
 
+def test_a_broadcast_to_a_site_that_was_never_heard_of_has_no_head() -> None:
+    first = dataclasses.replace(MESSAGES["broadcast"], head="")
+    assert isinstance(first, Broadcast)
+    assert wire.unpack_broadcast(recorddict_from_proto(recorddict_to_proto(wire.pack_broadcast(first)))).head == ""
+
+
 @every_message
 def test_extra_and_missing_records_are_refused(name: str) -> None:
     for extra in (ConfigRecord({"note": SECRET}), MetricRecord({"loss": 0.5}), ArrayRecord([np.zeros((1, 1))])):
@@ -252,7 +269,11 @@ WRONG: dict[str, list[Any]] = {
 }
 KINDS = {
     **dict.fromkeys(
-        ["run", "config_digest", "base", "sha256", "site", "kind", "receipts", "code", "incident", "unit"], "text"
+        [
+            *("run", "config_digest", "base", "sha256", "site", "kind", "receipts", "code", "incident", "unit"),
+            *("head", "composition"),
+        ],
+        "text",
     ),
     **dict.fromkeys(["round", "items"], "whole"),
     **dict.fromkeys(["epsilon", "delta", "bits_per_byte"], "number"),
@@ -286,6 +307,10 @@ def test_values_of_another_type_are_refused(name: str, key: str) -> None:
         ("hello", "delta", 0.0),
         ("hello", "delta", 1.0),
         ("hello", "epsilon", 0.0),
+        ("hello", "composition", "pld"),
+        ("hello", "composition", ""),
+        *((name, "head", value) for name in ("upload", "hello") for value in ("", "0" * 63, "A" * 64, "0" * 65)),
+        *(("broadcast", "head", value) for value in ("0" * 63, "G" * 64, " ")),
     ],
 )
 def test_values_that_say_something_else_are_refused(name: str, key: str, value: Any) -> None:

@@ -171,7 +171,7 @@ def test_the_run_directory_holds_what_is_documented(first: Told) -> None:
         *(f"rounds/{number}/{name}" for number in (1, 2) for name in (*releases, *adapters, *texts)),
         *(f"rounds/{number}/done/{phase}.json" for number in (1, 2) for phase in (*DONE, "publish")),
         *(f"rounds/0/done/{phase}.json" for phase in ("open", "exam")),
-        *(".lock", "launch.json"),
+        *(".lock", "launch.json", "audit.jsonl"),
     }
 
     found = {str(path.relative_to(first.directory)) for path in first.directory.rglob("*") if path.is_file()}

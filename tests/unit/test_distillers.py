@@ -64,6 +64,7 @@ class _FakeModel:
 
 class _FakeLab:
     public_words: frozenset[str] = frozenset()
+    directory = None
 
     def __init__(self, answers: dict[str, str]) -> None:
         self.professional = _FakeModel(answers)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from clients import local_round
+from clients import local_round, spending
 from clients.config import read_client
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
@@ -20,7 +20,7 @@ from fl_app import inference, lora, models, wire
 from fl_app.config import shared
 from fl_app.errors import AdapterMismatch, BudgetSpent, LedgerCorrupt, PolicyRefusal, StillroomError
 from fl_app.privacy.accountants import pld
-from fl_app.privacy.chain import Committed, Reserved
+from fl_app.privacy.chain import Committed, Planned, Reserved
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.types import AdapterRelease, Broadcast, Hello, PoissonGaussian, Probe, Refusal, Upload
 
@@ -112,7 +112,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         "model": (models, "load"),
         "learner": (DpAdapterLearner, "__call__"),
         "noise": (local_round, "_noise"),
-        "calibration": (local_round, "noise_multiplier"),
+        "calibration": (spending, "noise_multiplier"),
     }
     for name in names:
         monkeypatch.setattr(*places[name], fail)
@@ -129,7 +129,8 @@ def test_a_round_reserves_learns_commits_and_uploads(site: Site, start: Adapter)
     adapter = adapter_of(upload)
     lora.check_alike([start, adapter])
     assert lora.sha256(adapter) != lora.sha256(start)
-    _, reserved, committed = ledger_of(site).entries()
+    _, planned, reserved, committed = ledger_of(site).entries()
+    assert isinstance(planned, Planned)
     assert isinstance(reserved, Reserved)
     assert isinstance(committed, Committed)
     assert (reserved.run, reserved.round, reserved.receipts) == (RUN_A, 1, (receipt,))
@@ -190,7 +191,8 @@ def test_a_second_run_continues_the_same_ledger(site: Site, site_folder: Any, st
     assert 0.98 < first.spent <= 1.0  # client.epsilon caps what one run adds
     both = [*(first.receipts or ()), *(second.receipts or ())]
     assert second.spent == pld.epsilon(both, DELTA)
-    assert 0.98 * (first.spent + 1.0) < second.spent <= first.spent + 1.0
+    assert noise_of(second) == noise_of(first)  # the schedule is fixed: another noise would be chosen by looking
+    assert first.spent < second.spent < first.spent + 1.0
     assert len(both) == len(ledger_of(site).receipts()) == 2
 
 
@@ -228,7 +230,7 @@ def test_runs_with_similar_names_have_their_own_outbox(site: Site, start: Adapte
         assert lora.sha256(adapter_of(again)) == lora.sha256(adapter_of(first))
     assert {path.name for path in site.directory.iterdir()} == {
         *("rows.jsonl", "codes.jsonl", "site.toml"),
-        *("ledger", "outbox"),
+        *("ledger", "outbox", "audit.jsonl"),
     }
 
 
@@ -449,6 +451,7 @@ def test_production_noise_has_no_seed(
     import torch
 
     site_folder.policy(limits={"simulation": False})
+    site.directory.chmod(0o700)
     told = settings(mode="production")
     monkeypatch.setattr(local_round, "SimulatedNoise", lambda *_: pytest.fail("seeded noise in production"))
     hashes = []
@@ -467,6 +470,7 @@ def test_the_mode_decides_the_noise(
 ) -> None:
     """A site serves one of the two: seeded spending may not be certified together with real spending."""
     site_folder.policy(limits={"simulation": mode == "simulation"})
+    site.directory.chmod(0o700)
     seen = []
     plain = DpAdapterLearner.__call__
 
