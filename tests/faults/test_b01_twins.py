@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -336,6 +337,26 @@ def test_whatever_is_sent_is_sound_or_is_named(content: RecordDict) -> None:
             assert norm(adapter.layers[name].a - began.a) <= CAP.of("a", began.a)
             assert norm(adapter.layers[name].b - began.b) <= CAP.of("b", began.b)
         assert COST * (1 - 1e-5) <= found.spent <= BUDGET * (1 + 1e-5) or found.receipts != (RECEIPT,)
+
+
+def test_reading_and_judging_takes_little_memory_beside_the_message() -> None:
+    """Arrays are views of the message's own bytes: at most as much again, at the very highest, is the bar."""
+    spec = LoraSpec(shapes={f"m.{n}": (256, 256) for n in range(32)}, rank=16, alpha=8.0, base="a" * 64)
+    asked = dataclasses.replace(ASKED, adapter=lora.initial(spec, np.random.default_rng(0)))
+    content = wire.pack_reply(upload(asked, "inn", moved(asked.adapter, seed=1)))
+    assert wire.num_bytes(content) > 1_000_000
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        found = wire.unpack_reply(content, spec)
+        assert isinstance(found, Upload)
+        broken = broken_rule(found, broadcast=asked, spec=spec, site=SITE, cap=CAP)
+        highest = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+    assert broken is None
+    assert highest < 0.25 * wire.num_bytes(content)
 
 
 def test_the_search_finds_both_sound_and_unsound_replies() -> None:
