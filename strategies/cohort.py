@@ -10,7 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from google.protobuf.message import DecodeError
 
 from fl_app import wire
 from fl_app.errors import RoundFailed, WireViolation
@@ -18,9 +20,13 @@ from fl_app.text import one_line
 from fl_app.types import Hello, Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flwr.serverapp import Grid
+
+
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)
+"""What Flower's rebuilding of a message raises for one that is none: in JSON, in protobuf, in a field's type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,23 +57,36 @@ def exchange(
     Flower's `send_and_receive` sleeps three seconds between polls; this polls every `poll_s`.
     """
     wave = list(messages)
-    asked = {mid: one.metadata.dst_node_id for one, mid in zip(wave, grid.push_messages(wave), strict=False) if mid}
-    pending = set(asked)
+    pending = {mid: one for one, mid in zip(wave, grid.push_messages(wave), strict=False) if mid}
+    nodes = {one.metadata.dst_node_id for one in wave}
     deadline = time.monotonic() + timeout_s
     while pending:
-        for reply in grid.pull_messages(list(pending)):
+        for reply in _pull(grid, dict(pending)):
             answered, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
-            if answered in pending and asked[answered] == node:
-                pending.discard(answered)
+            if answered in pending and pending[answered].metadata.dst_node_id == node:
+                del pending[answered]
                 on_reply(reply)
             else:
                 # Flower's own word, in no node's name, that a reply was lost on its way: no use to wait for it.
-                if reply.has_error() and node not in asked.values():
-                    pending.discard(answered)
+                if reply.has_error() and node not in nodes:
+                    pending.pop(answered, None)
                 on_stray(reply)
         if not pending or time.monotonic() >= deadline:
             return
         time.sleep(poll_s)
+
+
+def _pull(grid: Grid, asked: Mapping[str, Message]) -> Iterator[Message]:
+    """Give the replies that are there, one message after the other.
+
+    Flower rebuilds a reply from what its node sent, and raises when that is no reply; all replies that it was pulling
+    along are lost with it. So each is pulled alone, and one that cannot be rebuilt is its own node's error.
+    """
+    for mid, message in asked.items():
+        try:
+            yield from grid.pull_messages([mid])
+        except UNREADABLE:
+            yield Message(Error(ErrorCode.UNKNOWN, "cannot be rebuilt"), reply_to=message)
 
 
 def gather(grid: Grid, *, sites: int, wait_s: float, poll_s: float) -> Cohort:

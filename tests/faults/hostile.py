@@ -197,15 +197,19 @@ class Stage:
 
     place: Path
 
-    def play(self, grid: Hostile, *overrides: str) -> Played:
+    def knowledge(self, *overrides: str) -> Knowledge:
+        """Return a server that has not begun, in a run directory of its own."""
         directory = self.place / f"run-{len(list(self.place.iterdir()))}"
         public = [f'server.exam.path="{self.place}/exam.jsonl"', f'server.synthesizer.codes="{self.place}/codes.jsonl"']
         places = [*public, f'run.directory="{directory}"']
         tree = read_tree("configs/smoke.toml", "\n".join([*SETTINGS, *places, *overrides]))
         server = read_server(tree)
-        pipeline = build_pipeline(tree, shared(tree), server, run="run-a")
-        Knowledge(pipeline, server.network).start(grid, ArrayRecord())
-        return Played(pipeline=pipeline, directory=directory)
+        return Knowledge(build_pipeline(tree, shared(tree), server, run="run-a"), server.network)
+
+    def play(self, grid: Hostile, *overrides: str) -> Played:
+        knowledge = self.knowledge(*overrides)
+        knowledge.start(grid, ArrayRecord())
+        return Played(pipeline=knowledge.pipeline, directory=knowledge.pipeline.journal.directory)
 
 
 @pytest.fixture(scope="module")

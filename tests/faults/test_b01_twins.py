@@ -142,6 +142,27 @@ def test_a_site_speaks_for_itself_only(stage: Stage) -> None:
     assert played.record["rejected"] == {"mint": "site: the reply names another site"}
 
 
+def test_flowers_own_loop_takes_one_reply_of_a_site_as_well(stage: Stage, clean: Played) -> None:
+    """No `exchange` stands before it there: two of the inn, one late, one of nobody, and all in another order."""
+    knowledge, grid = stage.knowledge(), Hostile()
+    knowledge.open(grid)
+    wave = list(knowledge.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(wave))
+    broadcast = wire.unpack_broadcast(wave[1].content)
+    twice, late, nobodys = (
+        Message(wire.pack_reply(upload(broadcast, "inn", moved(broadcast.adapter, seed=9 + n))), reply_to=wave[1])
+        for n in range(3)
+    )
+    late.metadata.__dict__["_group_id"], nobodys.metadata.__dict__["_src_node_id"] = "0", 77
+
+    knowledge.aggregate_train(1, [nobodys, late, *reversed(replies), twice])
+
+    played = Played(pipeline=knowledge.pipeline, directory=knowledge.pipeline.journal.directory)
+    assert played.outcome == clean.outcome
+    told = [(one["site"], one["rule"]) for one in played.record["rejections"]]
+    assert told == [("node 77", "member"), ("inn", "deadline"), ("inn", "duplicate")]
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC0DEAD, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], ids=hex)
 def test_no_bits_of_a_number_that_is_none_get_through(bits: int) -> None:
     factors = GOOD.layers["v"]

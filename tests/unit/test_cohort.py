@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body
+from google.protobuf.message import DecodeError
 
 from fl_app import wire
 from fl_app.errors import RoundFailed
 from fl_app.types import Hello, Refusal
 from simulations.local_grid import FIRST_NODE, LocalGrid
-from strategies.cohort import exchange, gather
+from strategies.cohort import UNREADABLE, exchange, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -271,3 +275,68 @@ def test_a_reply_that_flower_lost_is_not_waited_for() -> None:
     exchange(grid, _wave(grid), timeout_s=60.0, poll_s=POLL_S, on_reply=lambda _: pytest.fail("it was lost"))
 
     assert time.monotonic() - began < 30.0
+
+
+class Torn(LocalGrid):
+    """The reply of node 1 cannot be rebuilt; it is gone, and with it all that were pulled along."""
+
+    error: Exception = ValueError("torn")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        waiting = [mid for mid in message_ids if mid in self._box]
+        found = [reply for mid in waiting for reply in super(Torn, self).pull_messages([mid])]
+        if any(reply.metadata.src_node_id == FIRST_NODE + 1 for reply in found):
+            raise self.error
+        return found
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), TypeError("x"), IndexError(3), DecodeError("x")])
+def test_a_reply_that_flower_cannot_rebuild_costs_its_own_node_only(error: Exception) -> None:
+    grid = Torn(_answers(["a", "b", "c"]), nodes=3, run_config={})
+    grid.error = error
+    heard: dict[int, bool] = {}
+
+    exchange(
+        grid,
+        _wave(grid),
+        timeout_s=60.0,
+        poll_s=POLL_S,
+        on_reply=lambda reply: heard.update({reply.metadata.src_node_id - FIRST_NODE: reply.has_error()}),
+    )
+
+    assert heard == {0: False, 1: True, 2: False}
+
+
+def test_what_is_not_a_torn_reply_is_raised() -> None:
+    grid = Torn(_answers(["a", "b"]), nodes=2, run_config={})
+    grid.error = ConnectionError("the SuperLink is gone")
+
+    with pytest.raises(ConnectionError):
+        exchange(grid, _wave(grid), timeout_s=60.0, poll_s=POLL_S, on_reply=lambda _: None)
+
+
+GOOD_BODY = {"dtype": "float32", "shape": [1, 1], "stype": "numpy.ndarray", "arraychunk_ids": [0]}
+BODIES = {
+    "good": json.dumps(GOOD_BODY).encode(),
+    "no JSON": b"{",
+    "no text": b"\xff\xfe",
+    "nothing in it": b"{}",
+    "a list": b"[]",
+    "a number for a name": json.dumps({**GOOD_BODY, "dtype": 5}).encode(),
+    "text for a shape": json.dumps({**GOOD_BODY, "shape": ["x"]}).encode(),
+    "no shape": json.dumps({**GOOD_BODY, "shape": None}).encode(),
+    "a chunk that is not there": json.dumps({**GOOD_BODY, "arraychunk_ids": [7]}).encode(),
+    "chunks that are no list": json.dumps({**GOOD_BODY, "arraychunk_ids": 3}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_what_flower_raises_for_an_array_that_is_none_is_known(kind: str) -> None:
+    array = Array(np.zeros((1, 1), np.float32))
+    content = add_header_to_object_body(object_body=BODIES[kind], obj=array)
+
+    if kind == "good":
+        assert Array.inflate(content, array.children).data == array.data
+        return
+    with pytest.raises(UNREADABLE):
+        Array.inflate(content, array.children)
