@@ -52,41 +52,51 @@ def exchange(
 ) -> None:
     """Send messages and hand over each reply as it comes, until all are here or `timeout_s` has passed.
 
-    A reply is the first one that the node asked gives to its own message. Any other goes to `on_stray`: of a node that
+    A reply is the first one that the node asked gives to its own message, by the SuperLink's word and by the reply's
+    own. Any other goes to `on_stray`: of a node that
     was not asked, to a message of an earlier wave, or a second one.
     Flower's `send_and_receive` sleeps three seconds between polls; this polls every `poll_s`.
     """
     wave = list(messages)
     pending = {mid: one for one, mid in zip(wave, grid.push_messages(wave), strict=False) if mid}
-    nodes = {one.metadata.dst_node_id for one in wave}
+    wave_nodes = {mid: one.metadata.dst_node_id for mid, one in pending.items()}
     deadline = time.monotonic() + timeout_s
     while pending:
-        for reply in _pull(grid, dict(pending)):
-            answered, node = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
-            if answered in pending and pending[answered].metadata.dst_node_id == node:
-                del pending[answered]
+        for mid, reply in _pull(grid, dict(pending)):
+            node, expected = reply.metadata.src_node_id, wave_nodes[mid]
+            if mid in pending and (reply.metadata.reply_to_message_id, node) == (mid, expected):
+                del pending[mid]
                 on_reply(reply)
             else:
                 # Flower's own word, in no node's name, that a reply was lost on its way: no use to wait for it.
-                if reply.has_error() and node not in nodes:
-                    pending.pop(answered, None)
+                if reply.has_error() and node not in wave_nodes.values():
+                    pending.pop(mid, None)
                 on_stray(reply)
         if not pending or time.monotonic() >= deadline:
             return
         time.sleep(poll_s)
 
 
-def _pull(grid: Grid, asked: Mapping[str, Message]) -> Iterator[Message]:
-    """Give the replies that are there, one message after the other.
+def _pull(grid: Grid, asked: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+    """Give the replies that are there, each with the id of the message under which it was found.
 
-    Flower rebuilds a reply from what its node sent, and raises when that is no reply; all replies that it was pulling
-    along are lost with it. So each is pulled alone, and one that cannot be rebuilt is its own node's error.
+    Flower rebuilds a reply, its sender's name included, from bytes of that sender, and raises when they are no reply;
+    all that it was pulling along is lost with it. So every message is asked about alone: the SuperLink vouches for who
+    answered it, and what cannot be rebuilt is that node's error.
     """
     for mid, message in asked.items():
         try:
-            yield from grid.pull_messages([mid])
+            found = [(mid, reply) for reply in grid.pull_messages([mid]) if _whole(reply)]
         except UNREADABLE:
-            yield Message(Error(ErrorCode.UNKNOWN, "cannot be rebuilt"), reply_to=message)
+            found = [(mid, Message(Error(ErrorCode.UNKNOWN, "cannot be rebuilt"), reply_to=message))]
+        yield from found
+
+
+def _whole(reply: Message) -> bool:
+    """Return True. Raises: TypeError for a reply whose content is another of Flower's objects, ValueError for none."""
+    if not reply.has_error() and not isinstance(reply.content, RecordDict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{type(reply.content).__name__} where a RecordDict is asked")
+    return True
 
 
 def gather(grid: Grid, *, sites: int, wait_s: float, poll_s: float) -> Cohort:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body
 from google.protobuf.message import DecodeError
 
@@ -305,6 +305,51 @@ def test_a_reply_that_flower_cannot_rebuild_costs_its_own_node_only(error: Excep
     )
 
     assert heard == {0: False, 1: True, 2: False}
+
+
+@pytest.mark.parametrize("content", [None, ArrayRecord(), ConfigRecord({"x": 1}), Array(np.zeros(1))], ids=repr)
+def test_a_reply_of_another_kind_is_its_nodes_error(content: Any) -> None:
+    """Flower puts whatever object a node sent into the place of the content."""
+    app = _answers(["a", "b"])
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if context.node_config["partition-id"] == 1:
+            reply.__dict__["_content"] = content
+        return reply
+
+    cohort = gather(LocalGrid(answer, nodes=2, run_config={}), sites=2, wait_s=5.0, poll_s=POLL_S)
+
+    assert [hello.site for hello in cohort.hellos.values()] == ["a"]
+    assert cohort.unready == {FIRST_NODE + 1: "error: code 0"}
+
+
+def test_a_node_cannot_sign_with_anothers_name() -> None:
+    """Sender and message are what it writes of itself, and it writes what the other would; the SuperLink knows better."""
+
+    class Forging(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(super().pull_messages(message_ids))
+            for reply in found:
+                if reply.metadata.src_node_id == FIRST_NODE:
+                    reply.metadata.__dict__["_src_node_id"] = FIRST_NODE + 1
+                    reply.metadata.__dict__["_reply_to_message_id"] = self.others
+            return found
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            ids = list(super().push_messages(messages))
+            self.others = ids[1]
+            return ids
+
+    grid = Forging(_answers(["a", "b"]), nodes=2, run_config={})
+    heard: list[Message] = []
+    strays: list[Message] = []
+
+    exchange(grid, _wave(grid), timeout_s=0.1, poll_s=POLL_S, on_reply=heard.append, on_stray=strays.append)
+
+    assert len(heard) == len(strays) == 1
+    assert wire.unpack_hello(heard[0].content).site == "b"
+    assert wire.unpack_hello(strays[0].content).site == "a"
 
 
 def test_what_is_not_a_torn_reply_is_raised() -> None:
