@@ -325,7 +325,7 @@ def test_a_reply_of_another_kind_is_its_nodes_error(content: Any) -> None:
 
 
 def test_a_node_cannot_sign_with_anothers_name() -> None:
-    """Sender and message are what it writes of itself, and it writes what the other would; the SuperLink knows better."""
+    """Sender and message are what it writes of itself, and it writes the other's; the SuperLink knows better."""
 
     class Forging(LocalGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
