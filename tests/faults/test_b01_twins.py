@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import tracemalloc
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
 from fl_app import lora, wire
-from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.types import Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Refusal, Upload
 from simulations import launch
+from strategies.knowledge import Knowledge
 from strategies.reach import norm, read_cap
-from strategies.validate import Rejection, broken_rule, unreadable
+from strategies.validate import Rejection, broken_rule
 from tests.faults.hostile import BUDGET, COST, DELTA, RECEIPT, STEPS, Hostile, Played, Stage, moved, stage, upload
 
 if TYPE_CHECKING:
@@ -242,12 +243,11 @@ FACTORS = [*lora.factor_shapes(SPEC)]
 
 
 def judged(content: RecordDict) -> Upload | Refusal | Rejection:
-    """Return what the server makes of a reply, by the functions that `Knowledge` and the pipeline call."""
-    try:
-        found = wire.unpack_reply(content, SPEC)
-    except WireViolation as error:
-        return unreadable("inn", error)
-    if isinstance(found, Refusal):
+    """Return what the server makes of a reply of the inn, by the functions that a round calls."""
+    server: Any = SimpleNamespace(pipeline=SimpleNamespace(spec=SPEC))
+    message: Any = SimpleNamespace(content=content, has_error=lambda: False)
+    found = Knowledge._read(server, "inn", 1, message)
+    if not isinstance(found, Upload):
         return found
     return broken_rule(found, broadcast=ASKED, spec=SPEC, site=SITE, cap=CAP) or found
 
