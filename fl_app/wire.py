@@ -398,7 +398,7 @@ def _head(fields: Mapping[str, Any]) -> str:
 
 def _number(fields: Mapping[str, Any], key: str) -> float:
     value = fields[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e308:  # noqa: PLR2004
         raise WireViolation(f"{key} = {_shown(value)} is no finite number from 0", rule=_RULES.get(key, "keys"))
     return float(value)
 

@@ -20,7 +20,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from google.protobuf.message import DecodeError
 
 from fl_app import wire
 from fl_app.errors import RoundFailed, WireViolation
@@ -29,13 +31,17 @@ from fl_app.types import Hello, Refusal
 from strategies.collected import needed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flwr.serverapp import Grid
 
 LOST = frozenset({3, 4, 5, 8})
 """Flower's codes for a reply that will not come, from a node that may come back: MESSAGE_UNAVAILABLE, the same of a
 reply, NODE_UNAVAILABLE, CLIENT_APP_CRASHED. What a node fetched once is not delivered again (specs `flower.md` 4)."""
+
+
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)
+"""What Flower's rebuilding of a message raises for one that is none: in JSON, in protobuf, in a field's type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +76,11 @@ def exchange(
 ) -> None:
     """Send messages and hand over each reply as it comes, until all are here or `timeout_s` has passed.
 
-    A reply is the first one that the node asked gives to its own message. Any other goes to `on_stray`: of a node that
-    was not asked, to a message of an earlier wave, or a second one. Flower's own word that a reply will not come, which
-    it says in no node's name, ends the wait for it. `again` makes the second message to a node that was lost after it
-    had the first, with the seconds that are left; each is asked twice at most.
+    A reply is the first one that the node asked gives to its own message, by the SuperLink's word and by the reply's
+    own. Any other goes to `on_stray`: of a node that was not asked, to a message of an earlier wave, or a second one.
+    Flower's own word that a reply will not come, which it says in no node's name, ends the wait for it. `again` makes
+    the second message to a node that was lost after it had the first, with the seconds that are left; each is asked
+    twice at most.
     Flower's `send_and_receive` sleeps three seconds between polls; this polls every `poll_s`.
     """
     deadline = time.monotonic() + timeout_s
@@ -82,17 +89,17 @@ def exchange(
     lost: dict[int, tuple[Message, Message]] = {}  # by node: what it was asked, and the error that came back
     asked_again: set[int] = set()
     while pending or lost:
-        for reply in grid.pull_messages(list(pending)) if pending else ():
-            answered, source = reply.metadata.reply_to_message_id, reply.metadata.src_node_id
-            message = pending.get(answered)
+        for mid, reply in _pull(grid, dict(pending)):
+            message, source = pending.get(mid), reply.metadata.src_node_id
             node = message.metadata.dst_node_id if message else 0
-            if message is None or (source != node and (source in asked or not reply.has_error())):
+            own = source == node and reply.metadata.reply_to_message_id == mid
+            if message is None or not (own or (reply.has_error() and source not in asked)):
                 on_stray(reply)
                 continue
-            del pending[answered]
+            del pending[mid]
             if again and reply.has_error() and reply.error.code in LOST and node not in asked_again:
                 lost[node] = (message, reply)
-            elif source == node:
+            elif own:
                 on_reply(reply)
             else:
                 on_stray(reply)
@@ -108,6 +115,28 @@ def exchange(
             time.sleep(min(poll_s, left))
     for node, (_, reply) in lost.items():
         (on_reply if reply.metadata.src_node_id == node else on_stray)(reply)
+
+
+def _pull(grid: Grid, asked: Mapping[str, Message]) -> Iterator[tuple[str, Message]]:
+    """Give the replies that are there, each with the id of the message under which it was found.
+
+    Flower rebuilds a reply, its sender's name included, from bytes of that sender, and raises when they are no reply;
+    all that it was pulling along is lost with it. So every message is asked about alone: the SuperLink vouches for who
+    answered it, and what cannot be rebuilt is that node's error.
+    """
+    for mid, message in asked.items():
+        try:
+            found = [(mid, reply) for reply in grid.pull_messages([mid]) if _whole(reply)]
+        except UNREADABLE:
+            found = [(mid, Message(Error(ErrorCode.UNKNOWN, "cannot be rebuilt"), reply_to=message))]
+        yield from found
+
+
+def _whole(reply: Message) -> bool:
+    """Return True. Raises: TypeError for a reply whose content is another of Flower's objects, ValueError for none."""
+    if not reply.has_error() and not isinstance(reply.content, RecordDict):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{type(reply.content).__name__} where a RecordDict is asked")
+    return True
 
 
 def gather(grid: Grid, *, sites: int, wait_s: float, poll_s: float, quorum: float = 1.0) -> Cohort:

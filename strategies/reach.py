@@ -86,7 +86,7 @@ class UpdateCap:
 
 def norm(values: np.ndarray[Any, Any]) -> float:
     """Return the L2 norm, in float64, so that no float32 overflows on the way."""
-    flat = values.ravel().astype(np.float64)
+    flat = values.ravel().astype(np.float64, copy=False)
     return math.sqrt(float(np.dot(flat, flat)))
 
 

@@ -175,7 +175,7 @@ def _noiseless(
     if all(np.array_equal(sent, began) for _, sent, began in trained):
         return _no(upload, "replay", "is the broadcast itself; a private release holds noise")
     for tensor, sent, _ in trained:
-        if not np.abs(sent).max() >= np.finfo(np.float32).tiny:
+        if not max(sent.max(), -sent.min()) >= np.finfo(np.float32).tiny:
             return _no(upload, "zero", "holds zeros and denormals only; a private release holds noise", tensor)
     if before := seen.get(lora.sha256(upload.release.adapter)):
         return _no(upload, "replay", f"is {before} once more; noise never comes twice")

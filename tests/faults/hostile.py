@@ -142,15 +142,21 @@ class Hostile(LocalGrid):
     """Sites that answer honestly, except that `twist` says what comes of the inn's answer to a training message.
 
     `twist` gets the message and the honest reply and returns what is handed over; with `hold`, it is handed over with
-    the next wave, when its own is over. `hellos` changes how a site, by its number, introduces itself.
+    the next wave, when its own is over. `hellos` changes how a site, by its number, introduces itself; `wave` is when
+    the twist comes.
     """
 
     def __init__(
-        self, twist: Twist | None = None, *, hellos: Mapping[int, dict[str, Any]] | None = None, hold: bool = False
+        self,
+        twist: Twist | None = None,
+        *,
+        hellos: Mapping[int, dict[str, Any]] | None = None,
+        hold: bool = False,
+        wave: str = "train",
     ) -> None:
         self.hellos = hellos or {}
         super().__init__(self._site, nodes=max(2, *self.hellos) + 1 if self.hellos else 3, run_config={})
-        self.twist, self.hold, self.held = twist, hold, list[Message]()
+        self.twist, self.hold, self.held, self.wave = twist, hold, list[Message](), wave
         self.asked: list[Message] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -165,7 +171,7 @@ class Hostile(LocalGrid):
 
     def _twisted(self, reply: Message) -> Sequence[Message]:
         (asked,) = [one for one in self.asked if one.metadata.message_id == reply.metadata.reply_to_message_id]
-        mine = (asked.metadata.message_type, reply.metadata.src_node_id) == ("train", INN)
+        mine = (asked.metadata.message_type, reply.metadata.src_node_id) == (self.wave, INN)
         told = self.twist(asked, reply) if self.twist and mine else [reply]
         if self.hold and mine:
             self.held += told
@@ -191,15 +197,19 @@ class Stage:
 
     place: Path
 
-    def play(self, grid: Hostile, *overrides: str) -> Played:
+    def knowledge(self, *overrides: str) -> Knowledge:
+        """Return a server that has not begun, in a run directory of its own."""
         directory = self.place / f"run-{len(list(self.place.iterdir()))}"
         public = [f'server.exam.path="{self.place}/exam.jsonl"', f'server.synthesizer.codes="{self.place}/codes.jsonl"']
         places = [*public, f'run.directory="{directory}"']
         tree = read_tree("configs/smoke.toml", "\n".join([*SETTINGS, *places, *overrides]))
         server = read_server(tree)
-        pipeline = build_pipeline(tree, shared(tree), server, run="run-a")
-        Knowledge(pipeline, server.network).start(grid, ArrayRecord())
-        return Played(pipeline=pipeline, directory=directory)
+        return Knowledge(build_pipeline(tree, shared(tree), server, run="run-a"), server.network)
+
+    def play(self, grid: Hostile, *overrides: str) -> Played:
+        knowledge = self.knowledge(*overrides)
+        knowledge.start(grid, ArrayRecord())
+        return Played(pipeline=knowledge.pipeline, directory=knowledge.pipeline.journal.directory)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tracemalloc
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +17,12 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
 from fl_app import lora, wire
-from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.types import Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Refusal, Upload
 from simulations import launch
+from strategies.knowledge import Knowledge
 from strategies.reach import norm, read_cap
-from strategies.validate import Rejection, broken_rule, unreadable
+from strategies.validate import Rejection, broken_rule
 from tests.faults.hostile import BUDGET, COST, DELTA, RECEIPT, STEPS, Hostile, Played, Stage, moved, stage, upload
 
 if TYPE_CHECKING:
@@ -141,6 +143,27 @@ def test_a_site_speaks_for_itself_only(stage: Stage) -> None:
     assert played.record["rejected"] == {"mint": "site: the reply names another site"}
 
 
+def test_flowers_own_loop_takes_one_reply_of_a_site_as_well(stage: Stage, clean: Played) -> None:
+    """No `exchange` stands before it there: two of the inn, one late, one of nobody, and all in another order."""
+    knowledge, grid = stage.knowledge(), Hostile()
+    knowledge.open(grid)
+    wave = list(knowledge.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(wave))
+    broadcast = wire.unpack_broadcast(wave[1].content)
+    twice, late, nobodys = (
+        Message(wire.pack_reply(upload(broadcast, "inn", moved(broadcast.adapter, seed=9 + n))), reply_to=wave[1])
+        for n in range(3)
+    )
+    late.metadata.__dict__["_group_id"], nobodys.metadata.__dict__["_src_node_id"] = "0", 77
+
+    knowledge.aggregate_train(1, [nobodys, late, *reversed(replies), twice])
+
+    played = Played(pipeline=knowledge.pipeline, directory=knowledge.pipeline.journal.directory)
+    assert played.outcome == clean.outcome
+    told = [(one["site"], one["rule"]) for one in played.record["rejections"]]
+    assert told == [("node 77", "member"), ("inn", "deadline"), ("inn", "duplicate")]
+
+
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC0DEAD, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000], ids=hex)
 def test_no_bits_of_a_number_that_is_none_get_through(bits: int) -> None:
     factors = GOOD.layers["v"]
@@ -220,12 +243,11 @@ FACTORS = [*lora.factor_shapes(SPEC)]
 
 
 def judged(content: RecordDict) -> Upload | Refusal | Rejection:
-    """Return what the server makes of a reply, by the functions that `Knowledge` and the pipeline call."""
-    try:
-        found = wire.unpack_reply(content, SPEC)
-    except WireViolation as error:
-        return unreadable("inn", error)
-    if isinstance(found, Refusal):
+    """Return what the server makes of a reply of the inn, by the functions that a round calls."""
+    server: Any = SimpleNamespace(pipeline=SimpleNamespace(spec=SPEC))
+    message: Any = SimpleNamespace(content=content, has_error=lambda: False)
+    found = Knowledge._read(server, "inn", 1, message)
+    if not isinstance(found, Upload):
         return found
     return broken_rule(found, broadcast=ASKED, spec=SPEC, site=SITE, cap=CAP) or found
 
@@ -336,6 +358,26 @@ def test_whatever_is_sent_is_sound_or_is_named(content: RecordDict) -> None:
             assert norm(adapter.layers[name].a - began.a) <= CAP.of("a", began.a)
             assert norm(adapter.layers[name].b - began.b) <= CAP.of("b", began.b)
         assert COST * (1 - 1e-5) <= found.spent <= BUDGET * (1 + 1e-5) or found.receipts != (RECEIPT,)
+
+
+def test_reading_and_judging_takes_little_memory_beside_the_message() -> None:
+    """Arrays are views of the message's own bytes: at most as much again, at the very highest, is the bar."""
+    spec = LoraSpec(shapes={f"m.{n}": (256, 256) for n in range(32)}, rank=16, alpha=8.0, base="a" * 64)
+    asked = dataclasses.replace(ASKED, adapter=lora.initial(spec, np.random.default_rng(0)))
+    content = wire.pack_reply(upload(asked, "inn", moved(asked.adapter, seed=1)))
+    assert wire.num_bytes(content) > 1_000_000
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        found = wire.unpack_reply(content, spec)
+        assert isinstance(found, Upload)
+        broken = broken_rule(found, broadcast=asked, spec=spec, site=SITE, cap=CAP)
+        highest = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+    assert broken is None
+    assert highest < 0.25 * wire.num_bytes(content)
 
 
 def test_the_search_finds_both_sound_and_unsound_replies() -> None:

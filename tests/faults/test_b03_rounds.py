@@ -133,6 +133,7 @@ class FaultGrid(LocalGrid):
         self._away: dict[int, float] = {}
         self._due: list[tuple[float, int, str, Message]] = []
         self._count = 0
+        self._over: set[str] = set()
 
     def get_node_ids(self) -> Iterable[int]:
         gone = self._dead | {site for site, until in self._away.items() if until > self._clock.now}
@@ -140,6 +141,7 @@ class FaultGrid(LocalGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         wave = list(messages)
+        self._over |= {identifier for _, _, identifier, _ in self._due}  # of waves before this one
         ids = list(super().push_messages(wave))
         for identifier, message in zip(ids, wave, strict=True):
             self._happen(identifier, message)
@@ -175,11 +177,15 @@ class FaultGrid(LocalGrid):
             heapq.heappush(self._due, (self._clock.now + after_s, self._count, identifier, reply))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand over what is due, also what nobody asked for any more: the strategy has to tell."""
-        due: list[Message] = []
+        """Hand over what is due for these, and what nobody asked for any more: the strategy has to tell."""
+        wanted, kept, due = set(message_ids), [], []
         while self._due and self._due[0][0] <= self._clock.now:
-            due.append(heapq.heappop(self._due)[3])
-        return due
+            one = heapq.heappop(self._due)
+            (due if one[2] in wanted or one[2] in self._over else kept).append(one)
+        for one in kept:
+            heapq.heappush(self._due, one)
+        self._over |= {one[2] for one in due}
+        return [one[3] for one in due]
 
 
 def _synthesise(adapter: Adapter, rng: np.random.Generator, number: int) -> Sequence[Draft]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body
+from google.protobuf.message import DecodeError
 
 from fl_app import wire
 from fl_app.errors import RoundFailed
 from fl_app.types import Hello, Refusal
 from simulations.local_grid import FIRST_NODE, LocalGrid
-from strategies.cohort import exchange, gather, refresh
+from strategies.cohort import UNREADABLE, exchange, gather, refresh
 from strategies.collected import needed
 
 if TYPE_CHECKING:
@@ -339,3 +343,113 @@ def test_a_reply_that_flower_lost_is_not_waited_for() -> None:
     exchange(grid, _wave(grid), timeout_s=60.0, poll_s=POLL_S, on_reply=lambda _: pytest.fail("it was lost"))
 
     assert time.monotonic() - began < 30.0
+
+
+class Torn(LocalGrid):
+    """The reply of node 1 cannot be rebuilt; it is gone, and with it all that were pulled along."""
+
+    error: Exception = ValueError("torn")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        waiting = [mid for mid in message_ids if mid in self._box]
+        found = [reply for mid in waiting for reply in super(Torn, self).pull_messages([mid])]
+        if any(reply.metadata.src_node_id == FIRST_NODE + 1 for reply in found):
+            raise self.error
+        return found
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), TypeError("x"), IndexError(3), DecodeError("x")])
+def test_a_reply_that_flower_cannot_rebuild_costs_its_own_node_only(error: Exception) -> None:
+    grid = Torn(_answers(["a", "b", "c"]), nodes=3, run_config={})
+    grid.error = error
+    heard: dict[int, bool] = {}
+
+    exchange(
+        grid,
+        _wave(grid),
+        timeout_s=60.0,
+        poll_s=POLL_S,
+        on_reply=lambda reply: heard.update({reply.metadata.src_node_id - FIRST_NODE: reply.has_error()}),
+    )
+
+    assert heard == {0: False, 1: True, 2: False}
+
+
+@pytest.mark.parametrize("content", [None, ArrayRecord(), ConfigRecord({"x": 1}), Array(np.zeros(1))], ids=repr)
+def test_a_reply_of_another_kind_is_its_nodes_error(content: Any) -> None:
+    """Flower puts whatever object a node sent into the place of the content."""
+    app = _answers(["a", "b"])
+
+    def answer(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if context.node_config["partition-id"] == 1:
+            reply.__dict__["_content"] = content
+        return reply
+
+    cohort = gather(LocalGrid(answer, nodes=2, run_config={}), sites=2, wait_s=5.0, poll_s=POLL_S)
+
+    assert [hello.site for hello in cohort.hellos.values()] == ["a"]
+    assert cohort.unready == {FIRST_NODE + 1: "error: code 0"}
+
+
+def test_a_node_cannot_sign_with_anothers_name() -> None:
+    """Sender and message are what it writes of itself, and it writes the other's; the SuperLink knows better."""
+
+    class Forging(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(super().pull_messages(message_ids))
+            for reply in found:
+                if reply.metadata.src_node_id == FIRST_NODE:
+                    reply.metadata.__dict__["_src_node_id"] = FIRST_NODE + 1
+                    reply.metadata.__dict__["_reply_to_message_id"] = self.others
+            return found
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            ids = list(super().push_messages(messages))
+            self.others = ids[1]
+            return ids
+
+    grid = Forging(_answers(["a", "b"]), nodes=2, run_config={})
+    heard: list[Message] = []
+    strays: list[Message] = []
+
+    exchange(grid, _wave(grid), timeout_s=0.1, poll_s=POLL_S, on_reply=heard.append, on_stray=strays.append)
+
+    assert len(heard) == len(strays) == 1
+    assert wire.unpack_hello(heard[0].content).site == "b"
+    assert wire.unpack_hello(strays[0].content).site == "a"
+
+
+def test_what_is_not_a_torn_reply_is_raised() -> None:
+    grid = Torn(_answers(["a", "b"]), nodes=2, run_config={})
+    grid.error = ConnectionError("the SuperLink is gone")
+
+    with pytest.raises(ConnectionError):
+        exchange(grid, _wave(grid), timeout_s=60.0, poll_s=POLL_S, on_reply=lambda _: None)
+
+
+GOOD_BODY = {"dtype": "float32", "shape": [1, 1], "stype": "numpy.ndarray", "arraychunk_ids": [0]}
+BODIES = {
+    "good": json.dumps(GOOD_BODY).encode(),
+    "no JSON": b"{",
+    "no text": b"\xff\xfe",
+    "nothing in it": b"{}",
+    "a list": b"[]",
+    "a number for a name": json.dumps({**GOOD_BODY, "dtype": 5}).encode(),
+    "text for a shape": json.dumps({**GOOD_BODY, "shape": ["x"]}).encode(),
+    "no shape": json.dumps({**GOOD_BODY, "shape": None}).encode(),
+    "a chunk that is not there": json.dumps({**GOOD_BODY, "arraychunk_ids": [7]}).encode(),
+    "chunks that are no list": json.dumps({**GOOD_BODY, "arraychunk_ids": 3}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_what_flower_raises_for_an_array_that_is_none_is_known(kind: str) -> None:
+    array = Array(np.zeros((1, 1), np.float32))
+    content = add_header_to_object_body(object_body=BODIES[kind], obj=array)
+
+    if kind == "good":
+        assert Array.inflate(content, array.children).data == array.data
+        return
+    with pytest.raises(UNREADABLE):
+        Array.inflate(content, array.children)

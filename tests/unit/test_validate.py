@@ -289,6 +289,7 @@ def test_what_is_told_is_one_line_that_prints() -> None:
         assert text.isprintable()
     assert told.reason.startswith("?[31mred?line??turned???xxx")
     assert [len(text) for text in (told.site, told.reason, told.tensor)] == [200, 200, 200]
+    assert Rejection(**dataclasses.asdict(told)) == told  # as the run directory keeps it
     assert str(Rejection(site="mill", rule="size", reason="grüße, 数字")) == "size: grüße, 数字"
 
 
