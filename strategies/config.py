@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fl_app import lora, models, text
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
@@ -65,6 +65,27 @@ class ServerSection(Section):
     distiller: AnyDistiller
     tuner: AnyTuner
     exam: ExamSection
+
+    @model_validator(mode="after")
+    def _voices_agree(self) -> ServerSection:
+        each_site = self.synthesizer.voices == "each_site"
+        if each_site and self.aggregator.kind == "central_dp":
+            raise ValueError(
+                'synthesizer.voices = "each_site" lets single releases write, and central_dp promises that nobody can '
+                'tell whether a site was there; write voices = "merged", or another aggregator'
+            )
+        kinds = [one.kind for one in self.filters]
+        if "site_share" in kinds and not each_site:
+            raise ValueError(
+                f'filters: site_share counts sites, and synthesizer.voices = "{self.synthesizer.voices}" names none; '
+                'write voices = "each_site", or leave the filter out'
+            )
+        if "site_share" in kinds[:-1]:
+            raise ValueError(
+                f"filters: site_share is number {kinds.index('site_share') + 1} of {len(kinds)}, and filters after it "
+                "change the shares that it fixed; put it last"
+            )
+        return self
 
 
 def read_server(tree: Tree) -> ServerSection:

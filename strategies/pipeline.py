@@ -28,6 +28,7 @@ from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_receipts, of_site, rounded_up
 from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, Broadcast, RoundRecord
+from strategies.stages import Voices
 from strategies.validate import broken_rule, cost_of
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class Pipeline:
         folder = self.journal.round(number)
         merged = self._merge(number, collected, folder, seconds)
         with self.phase(number, "synthesise", seconds):
-            drafts = tuple(self.stages.synthesizer(merged.adapter, self._rng("synthesise", number), number))
+            voices = Voices.of(merged, collected.uploads)
+            drafts = tuple(self.stages.synthesizer(voices, self._rng("synthesise", number), number))
             journal.write_lines(folder / "drafts.jsonl", drafts)
         with self.phase(number, "filter", seconds):
             kept, dropped = self._screen(drafts)
