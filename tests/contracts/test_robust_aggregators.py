@@ -43,6 +43,9 @@ SHAPES = {"blocks.0.q_proj": (5, 3), "blocks.0.v_proj": (2, 7), "blocks.1.q_proj
 ROUNDED = 1e-5
 """What float32 factors may add to a distance here, where products are of the order of 10."""
 
+DRAWN = st.tuples(st.integers(0, 999), st.integers(1, 4), st.sampled_from([0.5, 1.0, 6.0, 16.0]))
+"""Seed, rank and scaling of an adapter."""
+
 ROBUST: tuple[dict[str, Any], ...] = (
     {"kind": "median_factors"},
     {"kind": "bounded_mean_product"},
@@ -134,51 +137,6 @@ def _dense(adapter: Adapter) -> np.ndarray:
 
 def _apart(left: Adapter, right: Adapter) -> float:
     return float(np.linalg.norm(_dense(left) - _dense(right)))
-
-
-# --- the arithmetic of products
-
-
-DRAWN = st.tuples(st.integers(0, 999), st.integers(1, 4), st.sampled_from([0.5, 1.0, 6.0, 16.0]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(one=DRAWN, other=DRAWN)
-def test_the_distance_is_the_norm_of_the_difference(one: tuple[int, int, float], other: tuple[int, int, float]) -> None:
-    left, right = (_adapter(seed, rank=rank, alpha=alpha) for seed, rank, alpha in (one, other))
-
-    assert products.distance(left, right) == pytest.approx(_apart(left, right), rel=1e-6, abs=1e-6)
-    assert products.distance(left, left) == 0.0
-
-
-def test_a_distance_of_one_float_is_not_lost() -> None:
-    """The squares of the two lengths agree to 14 digits, so their difference would be noise."""
-    left = _adapter(1)
-    layers = {n: LoraFactors(a=f.a, b=np.nextafter(f.b, np.float32(np.inf))) for n, f in left.layers.items()}
-    right = dataclasses.replace(left, layers=layers)
-
-    assert products.distance(left, right) == pytest.approx(_apart(left, right), rel=1e-6)
-    assert 0 < products.distance(left, right) < 1e-5
-
-
-def test_a_factor_that_is_rescaled_against_the_other_moves_nothing() -> None:
-    left = _adapter(1)
-    layers = {name: LoraFactors(a=f.a / 64, b=f.b * 64) for name, f in left.layers.items()}
-
-    assert products.distance(left, dataclasses.replace(left, layers=layers)) < 1e-5
-
-
-@settings(max_examples=60, deadline=None)
-@given(terms=st.lists(st.tuples(DRAWN, st.floats(-2, 2)), min_size=1, max_size=5))
-def test_a_weighted_sum_is_the_weighted_sum_of_the_products(terms: list[tuple[tuple[int, int, float], float]]) -> None:
-    adapters = [_adapter(seed, rank=rank, alpha=alpha) for (seed, rank, alpha), _ in terms]
-    weights = [weight for _, weight in terms]
-
-    stacked = products.weighted_sum(adapters, weights)
-
-    expected = sum(weight * _dense(adapter) for weight, adapter in zip(weights, adapters, strict=True))
-    np.testing.assert_allclose(_dense(stacked), expected, atol=1e-4)
-    assert lora.rank_of(stacked) == sum(lora.rank_of(adapter) for adapter in adapters)
 
 
 # --- median_factors
