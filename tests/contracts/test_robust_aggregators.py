@@ -25,7 +25,7 @@ from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
 from fl_app.types import Adapter, AdapterRelease, Broadcast, LoraFactors, Upload
 from strategies import products
 from strategies.aggregators import AnyAggregator
-from strategies.aggregators.krum_product import KrumProduct
+from strategies.aggregators.krum_product import KrumProduct, scores
 from strategies.aggregators.mean_factors import mean_factors
 from strategies.aggregators.mean_product import mean_product
 from strategies.aggregators.median_factors import median_factors
@@ -320,6 +320,28 @@ def test_krum_picks_what_the_definition_picks(count: int, seed: int, data: Any) 
     np.testing.assert_allclose(_dense(merged.adapter), expected, atol=1e-4)
     told = f"krum: not among the {keep} nearest to the others"
     assert merged.rejected == {f"site-{index}": told for index in range(count) if index not in chosen}
+
+
+def test_krum_adds_squares_by_hand() -> None:
+    """Five points, two neighbours each: (7, 3) has 10 + 16, (1, 8) has 1 + 29; unsquared the latter would win."""
+    points = [(0, 8), (3, 3), (8, 6), (7, 3), (1, 8)]
+    one = np.ones((1, 1), np.float32)
+    adapters = [
+        Adapter(layers={"l": LoraFactors(a=np.array([point], np.float32), b=one)}, alpha=1.0, base="base")
+        for point in points
+    ]
+
+    merged = _merge({"kind": "krum_product"}, adapters, adapters[0])
+
+    assert merged.used == ("site-3",)
+    scored = scores({f"site-{index}": adapter for index, adapter in enumerate(adapters)}, hostile=1)
+    assert {site: round(score, 6) for site, score in scored.items()} == {
+        "site-0": 35,
+        "site-1": 45,
+        "site-2": 44,
+        "site-3": 26,
+        "site-4": 30,
+    }
 
 
 def test_krum_picks_a_whole_upload() -> None:
