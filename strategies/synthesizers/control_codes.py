@@ -99,7 +99,7 @@ class CodedSampling:
         """Return `drafts` texts; every code is used equally often, give or take one, in random order.
 
         Each voice takes a run of that order, so it uses codes equally often give or take two. Drafts of several voices
-        alternate: a filter that keeps the first of two alike then favours no site by its name.
+        alternate, so that a filter that keeps the first of two alike prefers no site's whole batch to another's.
 
         Raises: RoundFailed when each site is to write and no release may.
         """

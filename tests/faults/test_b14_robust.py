@@ -171,8 +171,8 @@ def _play(name: str, options: Mapping[str, Any], *more: str, attack: str = "", s
     """Run the loop; with an attack, what the hostile site sent is replaced as it comes off the wire."""
     read = wire.unpack_reply
 
-    def tampered(content: Any) -> Any:
-        reply = read(content)
+    def tampered(*content: Any, **more: Any) -> Any:
+        reply = read(*content, **more)
         if not (attack and sent and isinstance(reply, Upload) and reply.site == HOSTILE):
             return reply
         assert isinstance(reply.release, AdapterRelease)
