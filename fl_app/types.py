@@ -225,13 +225,17 @@ class ControlCode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a draft comes from; `prompt` is the public text it was sampled after, empty when there was none."""
+    """Where a draft comes from; `prompt` is the public text it was sampled after, empty when there was none.
+
+    `voice` is the site whose release wrote it, empty when the merged adapter did.
+    """
 
     round: int
     method: str
     code: str
     stream: str
     prompt: str = ""
+    voice: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

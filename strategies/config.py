@@ -77,8 +77,31 @@ class ServerSection(Section):
 
 
 def read_server(tree: Tree) -> ServerSection:
-    """Return the [server] table of a configuration tree."""
-    return parse(ServerSection, tree.get("server", {}), where="server")
+    """Return the [server] table of a configuration tree. Raises: ConfigInvalid."""
+    server = parse(ServerSection, tree.get("server", {}), where="server")
+    _check_voices(server)
+    return server
+
+
+def _check_voices(server: ServerSection) -> None:
+    """Raise `ConfigInvalid` unless aggregator, synthesizer and filters agree about who writes."""
+    each_site = server.synthesizer.voices == "each_site"
+    if each_site and server.aggregator.kind == "central_dp":
+        raise ConfigInvalid(
+            'server.synthesizer.voices = "each_site" lets single releases write, and central_dp promises that nobody '
+            'can tell whether a site was there; write voices = "merged", or another aggregator'
+        )
+    kinds = [one.kind for one in server.filters]
+    if "site_share" in kinds and not each_site:
+        raise ConfigInvalid(
+            'server.filters: site_share counts sites, and server.synthesizer.voices = "merged" names none; write '
+            'voices = "each_site", or leave the filter out'
+        )
+    if "site_share" in kinds[:-1]:
+        raise ConfigInvalid(
+            f"server.filters: site_share is number {kinds.index('site_share') + 1} of {len(kinds)}, and filters after "
+            "it change the shares that it fixed; put it last"
+        )
 
 
 def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str) -> Pipeline:

@@ -31,6 +31,7 @@ from fl_app.types import AdapterRelease, Broadcast, Merged, RoundRecord
 from strategies import readback
 from strategies.collected import from_json, judge, needed, to_json, too_few, write_release
 from strategies.spending import NON_PRIVATE
+from strategies.stages import Voices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -161,7 +162,7 @@ class Pipeline:
         folder = self.journal.round(number)
         judged = self._judge(number, collected, folder, seconds)
         merged = self._aggregate(number, judged, folder, seconds)
-        drafts = self._synthesise(number, merged, folder, seconds)
+        drafts = self._synthesise(number, Voices.of(merged, judged.sound), folder, seconds)
         kept, dropped = self._screen(number, drafts, folder, seconds)
         lessons = self._distil(number, kept, folder, seconds)
         target = self._tune(number, lessons, folder, seconds)
@@ -253,11 +254,11 @@ class Pipeline:
         self.spending.charge(number, merged.cost)
         return merged
 
-    def _synthesise(self, number: int, merged: Merged, folder: Path, seconds: dict[str, float]) -> tuple[Draft, ...]:
+    def _synthesise(self, number: int, voices: Voices, folder: Path, seconds: dict[str, float]) -> tuple[Draft, ...]:
         path = folder / "drafts.jsonl"
 
         def work() -> Made:
-            journal.write_lines(path, self.stages.synthesizer(merged.adapter, self._rng("synthesise", number), number))
+            journal.write_lines(path, self.stages.synthesizer(voices, self._rng("synthesise", number), number))
             return Made(files=[path])
 
         self._phase(number, "synthesise", seconds, work)

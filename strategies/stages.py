@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from fl_app.types import AdapterRelease
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -36,16 +38,38 @@ class Aggregator(Protocol):
         """`broadcast` is what the uploads answer: the round, and the adapter that every site started from.
 
         Raises: AdapterMismatch when base, layers, rank or scaling differ; ValueError when there is no upload;
-        RoundFailed when the method has a budget and it is spent.
+        RoundFailed when the method has a budget and it is spent, or too few uploads to keep its promise.
         """
         ...
 
 
-class Synthesizer(Protocol):
-    """An adapter of W_loc -> synthetic instructions, from public control codes alone."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Voices:
+    """Who may write in a round: the merged adapter, and by site every release that went into it, names in order."""
 
-    def __call__(self, adapter: Adapter, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
-        """Same adapter and same generator state give the same drafts, each with complete provenance."""
+    merged: Adapter
+    by_site: Mapping[str, Adapter]
+
+    @classmethod
+    def of(cls, merged: Merged, uploads: Sequence[Upload]) -> Voices:
+        """Return the voices of a round; a site that the aggregator did not use has none.
+
+        Guarantee: none but `merged` where the aggregator itself made it private: its noise does not cover what a site
+        sent, and text of that would tell who took part.
+        """
+        found = {
+            upload.site: upload.release.adapter
+            for upload in uploads
+            if isinstance(upload.release, AdapterRelease) and upload.site in merged.used and merged.cost is None
+        }
+        return cls(merged=merged.adapter, by_site=dict(sorted(found.items())))
+
+
+class Synthesizer(Protocol):
+    """Adapters of W_loc -> synthetic instructions, from public control codes alone."""
+
+    def __call__(self, voices: Voices, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
+        """Same voices and same generator state give the same drafts, each with complete provenance."""
         ...
 
 

@@ -46,7 +46,8 @@ from fl_app.privacy.chain import Committed, Reserved
 from fl_app.privacy.ledger import Ledger, Reservation
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.seeds import stream
-from fl_app.types import Adapter, AdapterRelease, ClientLevelCost, DpReceipt, Gaussian, LoraFactors, Merged
+from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Gaussian, LoraFactors, Merged
+from strategies import products
 from strategies.aggregators.mean_factors import MeanFactors
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class PrivateMean:
         Raises: RoundFailed when the budget is spent or every update was rejected; AdapterMismatch; ValueError.
         """
         start, names = broadcast.adapter, FACTORS[self.section.trains]
-        adapters = _adapters(uploads)
+        adapters = products.by_site(uploads)
         lora.check_alike(list(adapters.values()))
         try:
             lora.check_alike([start, *list(adapters.values())[:1]])
@@ -268,17 +269,6 @@ def clipped_sum(updates: Iterable[Sequence[Doubles]], *, like: Sequence[Floats],
             # Cut towards zero: it never lengthens, and sums of multiples of `grid` are exact in float64.
             total += np.trunc(part * (scale / grid)) * grid  # noqa: PLW2901
     return totals
-
-
-def _adapters(uploads: Sequence[Upload]) -> dict[str, Adapter]:
-    """Return the adapters by site, sorted. Raises: ValueError for none, or two of one site: they are one unit."""
-    found = [(upload.site, upload.release.adapter) for upload in uploads if isinstance(upload.release, AdapterRelease)]
-    if not found:
-        raise ValueError("no adapter to aggregate")
-    adapters = dict(sorted(found, key=lambda pair: pair[0]))
-    if len(adapters) < len(found):
-        raise ValueError("a site sent two uploads, which would count twice; a site has one upload a round")
-    return adapters
 
 
 def _broken(adapter: Adapter, start: Adapter, site: str, names: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """The exact mean of the products B @ A, as one stacked adapter.
 
-With weights p_k = 1/K the stack is A = rows of all A_k, B = columns of all p_k B_k: B @ A = sum_k p_k B_k A_k, and the
-scaling alpha / r is kept by raising alpha with the rank. The weight goes on one side only; on both it would square.
+With weights p_k = 1/K the stack is A = rows of all A_k, B = columns of all p_k B_k: B @ A = sum_k p_k B_k A_k
+(`strategies.products.weighted_sum`).
 
 Source: Wang et al. 2024 (FLoRA, 2409.05976), section 3; ours keeps the stack as an adapter instead of merging it into
 the base, and takes equal public weights.
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from fl_app import lora
 from fl_app.config import Section
-from fl_app.types import Adapter, AdapterRelease, LoraFactors, Merged
+from fl_app.types import AdapterRelease, Merged
+from strategies import products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,20 +43,5 @@ def mean_product(uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:  # 
     if not adapters:
         raise ValueError("no adapter to aggregate")
     lora.check_alike(adapters, same_rank=False)
-    scalings = [adapter.alpha / lora.rank_of(adapter) for adapter in adapters]
-    rank = sum(lora.rank_of(adapter) for adapter in adapters)
-    layers = {
-        name: LoraFactors(
-            a=np.concatenate([adapter.layers[name].a for adapter in adapters], axis=0),
-            b=np.concatenate(
-                [
-                    (scaling / scalings[0] / len(adapters)) * adapter.layers[name].b
-                    for adapter, scaling in zip(adapters, scalings, strict=True)
-                ],
-                axis=1,
-            ).astype(np.float32),
-        )
-        for name in sorted(adapters[0].layers)
-    }
-    merged = Adapter(layers=layers, alpha=scalings[0] * rank, base=adapters[0].base)
+    merged = products.weighted_sum(adapters, [1 / len(adapters)] * len(adapters))
     return Merged(adapter=merged, used=tuple(upload.site for upload in ordered))

@@ -8,5 +8,6 @@ from strategies.filters.domain import Domain
 from strategies.filters.length import Length
 from strategies.filters.near_duplicate import NearDuplicate
 from strategies.filters.pii import Pii
+from strategies.filters.site_share import SiteShare
 
-AnyFilter: TypeAlias = Annotated[Length | NearDuplicate | Domain | Pii, Field(discriminator="kind")]
+AnyFilter: TypeAlias = Annotated[Length | NearDuplicate | Domain | Pii | SiteShare, Field(discriminator="kind")]

@@ -1,7 +1,19 @@
-"""Synthetic instructions from public control codes, written by W_loc with the sites' merged adapter.
+"""Synthetic instructions from public control codes, written by W_loc with the sites' adapters.
 
 The prompt is a control code's text and nothing else: no private exemplar, ever. What the model knows of private
 messages it knows through DP releases, so everything it writes is post-processing of them.
+
+`voices` says whose adapter writes:
+
+| voices      | who writes                                    | one hostile site                                    |
+|-------------|-----------------------------------------------|-----------------------------------------------------|
+| "merged"    | the merged adapter                            | is in every draft, as far as the aggregator lets it |
+| "each_site" | every release that was used, an equal share   | is in its own drafts and nowhere else; the filter   |
+|             | of the drafts each, the remainder by name     | `site_share` holds its share of what is kept        |
+
+A draft of "each_site" carries its site in `origin.voice`, so text can be traced to the release that wrote it. That is
+post-processing of that release and costs its rows nothing more; but where the promise is at client level
+(`central_dp`) a single release is not covered by it, and "each_site" is refused.
 
 Source: Kurakin et al. 2023 (2306.01684), conditional sampling after prefix-LM tuning; KnowledgeSG (2410.05725) samples
 from prompts with three raw private rows, which voids the guarantee (specs, 1.7): ours does not.
@@ -18,7 +30,7 @@ from pydantic import Field
 
 from fl_app import journal
 from fl_app.config import Section
-from fl_app.errors import ConfigInvalid
+from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import ControlCode, Draft, Origin
 
 if TYPE_CHECKING:
@@ -28,15 +40,19 @@ if TYPE_CHECKING:
 
     from fl_app.types import Adapter
     from strategies.lab import Lab
-    from strategies.stages import Synthesizer
+    from strategies.stages import Synthesizer, Voices
 
 
 class ControlCodes(Section):
-    """[server.synthesizer] kind = "control_codes": `drafts` per round, codes drawn evenly from the file `codes`."""
+    """[server.synthesizer] kind = "control_codes": `drafts` per round, codes drawn evenly from the file `codes`.
+
+    With fewer `drafts` than sites under voices = "each_site", the last sites by name write none.
+    """
 
     kind: Literal["control_codes"]
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]
+    voices: Literal["merged", "each_site"] = "merged"
     max_new_tokens: Annotated[int, Field(ge=4, le=4096)] = 64
     temperature: Annotated[float, Field(gt=0, le=5)] = 0.9
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -79,15 +95,49 @@ class CodedSampling:
     lab: Lab
     codes: Sequence[ControlCode]
 
-    def __call__(self, adapter: Adapter, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
-        """Return `drafts` texts; every code is used equally often, give or take one, in random order."""
+    def __call__(self, voices: Voices, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
+        """Return `drafts` texts; every code is used equally often, give or take one, in random order.
+
+        Each voice takes a run of that order, so it uses codes equally often give or take two. Drafts of several voices
+        alternate, so that a filter that keeps the first of two alike prefers no site's whole batch to another's.
+
+        Raises: RoundFailed when each site is to write and no release may.
+        """
         order: list[int] = []
         while len(order) < self.section.drafts:
             order += [int(i) for i in rng.permutation(len(self.codes))]
         chosen = [self.codes[i] for i in order[: self.section.drafts]]
-        writer = self.lab.local_with(adapter, "W_loc + sites")
+        if self.section.voices == "merged":
+            return self._written(voices.merged, "", chosen, range(len(chosen)), rng, round_number)
+        if not voices.by_site:
+            raise RoundFailed(
+                f'round {round_number}: server.synthesizer.voices = "each_site", and no single release may write: the '
+                'aggregator made only the merged adapter private; write voices = "merged"'
+            )
+        drafts: list[Draft] = []
+        begin = 0
+        for number, site in enumerate(sorted(voices.by_site)):
+            places = range(number, len(chosen), len(voices.by_site))
+            codes = chosen[begin : begin + len(places)]
+            begin += len(places)
+            drafts += self._written(voices.by_site[site], site, codes, places, rng, round_number)
+        return tuple(sorted(drafts, key=lambda draft: int(draft.origin.stream)))
+
+    def _written(
+        self,
+        adapter: Adapter,
+        voice: str,
+        codes: Sequence[ControlCode],
+        places: Sequence[int],
+        rng: np.random.Generator,
+        round_number: int,
+    ) -> tuple[Draft, ...]:
+        """Return what one voice writes, a text per code; `places` are its drafts' numbers in the round."""
+        if not codes:
+            return ()
+        writer = self.lab.local_with(adapter, f"W_loc + {voice or 'sites'}")
         texts = writer.generate(
-            [code.text for code in chosen],
+            [code.text for code in codes],
             max_new_tokens=self.section.max_new_tokens,
             temperature=self.section.temperature,
             top_p=self.section.top_p,
@@ -96,12 +146,21 @@ class CodedSampling:
         return tuple(
             _draft(
                 text.strip(),
-                Origin(round=round_number, method=self.section.kind, code=code.id, stream=str(index), prompt=code.text),
+                Origin(
+                    round=round_number,
+                    method=self.section.kind,
+                    code=code.id,
+                    stream=str(place),
+                    prompt=code.text,
+                    voice=voice,
+                ),
             )
-            for index, (code, text) in enumerate(zip(chosen, texts, strict=True))
+            for code, text, place in zip(codes, texts, places, strict=True)
         )
 
 
 def _draft(text: str, origin: Origin) -> Draft:
-    key = f"{origin.round}\x1f{origin.method}\x1f{origin.code}\x1f{origin.stream}\x1f{text}"
+    # Without a voice the key is what it was before there were voices: ids of merged drafts stay.
+    named = f"\x1f{origin.voice}" if origin.voice else ""
+    key = f"{origin.round}\x1f{origin.method}\x1f{origin.code}\x1f{origin.stream}{named}\x1f{text}"
     return Draft(id=hashlib.sha256(key.encode()).hexdigest()[:16], instruction=text, response="", origin=origin)

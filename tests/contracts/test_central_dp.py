@@ -506,7 +506,9 @@ def test_a_shape_that_numpy_would_stretch_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["mean_product", "central_dp", "mean_factor"])
+@pytest.mark.parametrize(
+    "kind", ["mean_product", "central_dp", "mean_factor", "median_factors", "bounded_mean_product", "krum_product"]
+)
 def test_only_a_sum_of_factors_can_be_wrapped(kind: str) -> None:
     told = rf"server\.aggregator\.inner = .*'{kind}' cannot be wrapped: .*write inner = \{{kind = \"mean_factors\"\}}"
     with pytest.raises(ConfigInvalid, match=told):

@@ -26,6 +26,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "near_duplicate": [{}, {"max_rouge_l": 0.3, "max_bleu": 0.1}, {"max_rouge_l": 1.0, "max_bleu": 1.0}],
     "domain": [{"question": "Is it medical? {text}"}, {"question": "{text}", "threshold": 1.5}],
     "pii": [{}, {"names": "mask"}],
+    "site_share": [{}, {"max_share": 1.0}, {"max_share": 1.2, "min_voices": 3}],
 }
 CASES = [(kind, options) for kind, rows in SETTINGS.items() for options in rows]
 PIECES = [
@@ -69,8 +70,16 @@ class _FakeLab:
     public_words = frozenset({"tincture", "fever", "the", "harbour"})
 
 
+def voice_of(text: str) -> str:
+    """Return one of four voices by the text: some write much, some not at all."""
+    return "abcd"[hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[0] % 4]
+
+
 def drafts_of(texts: list[tuple[str, str]], *, round_number: int) -> tuple[Draft, ...]:
-    origin = [Origin(round=round_number, method="m", code="farm/cough/dose", stream=str(i)) for i in range(len(texts))]
+    origin = [
+        Origin(round=round_number, method="m", code="farm/cough/dose", stream=str(i), voice=voice_of(text))
+        for i, (text, _) in enumerate(texts)
+    ]
     return tuple(
         Draft(id=f"{round_number}-{i}", instruction=a, response=b, origin=origin[i]) for i, (a, b) in enumerate(texts)
     )

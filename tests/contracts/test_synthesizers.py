@@ -1,4 +1,7 @@
-"""Every synthesizer keeps the promises of `strategies.stages.Synthesizer`, and asks with public text alone."""
+"""Every synthesizer keeps the promises of `strategies.stages.Synthesizer`, and asks with public text alone.
+
+With voices = "each_site" every release that was used writes its share, and nobody writes in another's name.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from hypothesis import strategies as st
 
 from fl_app import lora
 from fl_app.config import LoraSection
-from fl_app.errors import ConfigInvalid, StillroomError
+from fl_app.errors import ConfigInvalid, RoundFailed, StillroomError
 from fl_app.seeds import stream
 from fl_app.types import Adapter, ControlCode, Draft, LoraFactors
 from strategies.lab import Lab
+from strategies.stages import Voices
 from strategies.synthesizers import AnySynthesizer
 from strategies.synthesizers.control_codes import CodedSampling, ControlCodes, read_codes
 
@@ -31,6 +35,8 @@ CODES = tuple(ControlCode(id=f"house/{name}", text=f"A letter about {name}:\n") 
 ADAPTER = Adapter(
     layers={"l": LoraFactors(a=np.ones((1, 2), np.float32), b=np.ones((3, 1), np.float32))}, alpha=1.0, base="base"
 )
+MERGED = Voices(merged=ADAPTER, by_site={})
+SITES = ("abbey", "brook", "cliff", "delta", "fjord")
 
 
 class FakeWriter:
@@ -50,9 +56,11 @@ class FakeLab:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.adapters: list[Adapter | None] = []
+        self.names: list[str] = []
 
     def local_with(self, adapter: Adapter | None, name: str) -> FakeWriter:
         self.adapters.append(adapter)
+        self.names.append(name)
         return FakeWriter(self.asked)
 
 
@@ -104,10 +112,11 @@ def test_the_union_is_what_these_tests_are_run_on() -> None:
 def test_the_same_generator_gives_the_same_drafts(lab: Lab, adapter: Adapter, tmp_path: Path) -> None:
     write = _section(codes=str(_write_codes(tmp_path)), max_new_tokens=6).build(lab)
 
-    drafts = write(adapter, stream(0, "synthesise", 1), 1)
+    voices = Voices(merged=adapter, by_site={})
+    drafts = write(voices, stream(0, "synthesise", 1), 1)
 
-    assert drafts == write(adapter, stream(0, "synthesise", 1), 1)
-    other = write(adapter, stream(1, "synthesise", 1), 1)
+    assert drafts == write(voices, stream(0, "synthesise", 1), 1)
+    other = write(voices, stream(1, "synthesise", 1), 1)
     assert [draft.instruction for draft in drafts] != [draft.instruction for draft in other]
 
 
@@ -118,7 +127,7 @@ def test_the_adapter_is_the_one_that_writes(lab: Lab, adapter: Adapter, tmp_path
         adapter, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in adapter.layers.items()}
     )
 
-    drafts = [write(one, stream(0, "synthesise", 1), 1) for one in (adapter, bent)]
+    drafts = [write(Voices(merged=one, by_site={}), stream(0, "synthesise", 1), 1) for one in (adapter, bent)]
 
     assert [draft.instruction for draft in drafts[0]] != [draft.instruction for draft in drafts[1]]
 
@@ -129,7 +138,7 @@ def test_the_adapter_is_the_one_that_writes(lab: Lab, adapter: Adapter, tmp_path
 @settings(max_examples=40, deadline=None)
 @given(drafts=st.integers(1, 20), round_number=st.integers(1, 9), seed=st.integers(0, 99))
 def test_every_draft_says_where_it_comes_from(drafts: int, round_number: int, seed: int) -> None:
-    written = _sampling(FakeLab(), drafts=drafts)(ADAPTER, stream(seed, "synthesise", round_number), round_number)
+    written = _sampling(FakeLab(), drafts=drafts)(MERGED, stream(seed, "synthesise", round_number), round_number)
 
     assert len(written) == drafts
     assert all(isinstance(draft, Draft) and draft.id and draft.response == "" for draft in written)
@@ -142,7 +151,7 @@ def test_every_draft_says_where_it_comes_from(drafts: int, round_number: int, se
 @settings(max_examples=40, deadline=None)
 @given(drafts=st.integers(1, 20), seed=st.integers(0, 99))
 def test_codes_are_used_evenly(drafts: int, seed: int) -> None:
-    written = _sampling(FakeLab(), drafts=drafts)(ADAPTER, stream(seed, "synthesise", 1), 1)
+    written = _sampling(FakeLab(), drafts=drafts)(MERGED, stream(seed, "synthesise", 1), 1)
 
     counts = Counter(draft.origin.code for draft in written)
     used = [counts[code.id] for code in CODES]
@@ -151,7 +160,7 @@ def test_codes_are_used_evenly(drafts: int, seed: int) -> None:
 
 def test_codes_are_not_always_used_in_the_order_of_the_file() -> None:
     orders = {
-        tuple(draft.origin.code for draft in _sampling(FakeLab(), drafts=3)(ADAPTER, stream(seed, "s"), 1))
+        tuple(draft.origin.code for draft in _sampling(FakeLab(), drafts=3)(MERGED, stream(seed, "s"), 1))
         for seed in range(20)
     }
 
@@ -161,7 +170,7 @@ def test_codes_are_not_always_used_in_the_order_of_the_file() -> None:
 def test_equal_texts_of_two_rounds_have_different_ids() -> None:
     write = _sampling(FakeLab())
 
-    first, second = write(ADAPTER, stream(0, "s"), 1), write(ADAPTER, stream(0, "s"), 2)
+    first, second = write(MERGED, stream(0, "s"), 1), write(MERGED, stream(0, "s"), 2)
 
     assert [draft.instruction for draft in first] == [draft.instruction for draft in second]
     assert not {draft.id for draft in first} & {draft.id for draft in second}
@@ -172,7 +181,7 @@ def test_equal_texts_of_two_rounds_have_different_ids() -> None:
 def test_a_prompt_is_the_text_of_a_control_code_and_nothing_else(drafts: int) -> None:
     lab = FakeLab()
 
-    written = _sampling(lab, drafts=drafts)(ADAPTER, stream(0, "s"), 1)
+    written = _sampling(lab, drafts=drafts)(MERGED, stream(0, "s"), 1)
 
     texts = {code.id: code.text for code in CODES}
     assert len(lab.asked) == 1
@@ -183,7 +192,7 @@ def test_a_prompt_is_the_text_of_a_control_code_and_nothing_else(drafts: int) ->
 def test_the_knobs_of_the_section_reach_the_model() -> None:
     lab = FakeLab()
 
-    _sampling(lab, max_new_tokens=9, temperature=0.5, top_p=0.25)(ADAPTER, stream(0, "s"), 1)
+    _sampling(lab, max_new_tokens=9, temperature=0.5, top_p=0.25)(MERGED, stream(0, "s"), 1)
 
     assert {key: lab.asked[0][key] for key in ("max_new_tokens", "temperature", "top_p")} == {
         "max_new_tokens": 9,
@@ -193,7 +202,109 @@ def test_the_knobs_of_the_section_reach_the_model() -> None:
 
 
 def test_a_draft_has_no_blanks_around_it() -> None:
-    assert all(draft.instruction.startswith("text ") for draft in _sampling(FakeLab())(ADAPTER, stream(0, "s"), 1))
+    assert all(draft.instruction.startswith("text ") for draft in _sampling(FakeLab())(MERGED, stream(0, "s"), 1))
+
+
+def test_drafts_of_the_merged_adapter_are_what_they_were_before_there_were_voices() -> None:
+    """Ids cover codes, order, numbers and texts; these were written by the code of commit 422860b."""
+    written = _sampling(FakeLab())(MERGED, stream(3, "synthesise", 2), 2)
+
+    assert [draft.id for draft in written] == [
+        "241028a6f6c35a62",
+        "2582770c211eec43",
+        "cac7e1f6cc2fe273",
+        "65e440ed0175b409",
+        "1465f36315a175d0",
+        "3aab8121e8dee395",
+        "5b05958562404e2b",
+    ]
+    assert {draft.origin.voice for draft in written} == {""}
+
+
+# --- each site writes
+
+
+def _voices(*sites: str) -> Voices:
+    """Return voices whose adapters can be told apart, handed over in no order."""
+    return Voices(merged=ADAPTER, by_site={site: dataclasses.replace(ADAPTER) for site in reversed(sites)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(drafts=st.integers(1, 40), sites=st.integers(1, 5), seed=st.integers(0, 99))
+def test_every_site_writes_an_equal_share_and_the_first_names_the_rest(drafts: int, sites: int, seed: int) -> None:
+    write = _sampling(FakeLab(), drafts=drafts, voices="each_site")
+
+    written = write(_voices(*SITES[:sites]), stream(seed, "s"), 1)
+
+    counts = Counter(draft.origin.voice for draft in written)
+    expected = {site: drafts // sites + (index < drafts % sites) for index, site in enumerate(SITES[:sites])}
+    assert counts == {site: count for site, count in expected.items() if count}
+    assert [draft.origin.stream for draft in written] == [str(index) for index in range(drafts)]
+    assert [draft.origin.voice for draft in written] == [SITES[index % sites] for index in range(drafts)]
+    assert len({draft.id for draft in written}) == drafts
+
+
+@settings(max_examples=40, deadline=None)
+@given(drafts=st.integers(1, 60), sites=st.integers(1, 5), seed=st.integers(0, 99))
+def test_every_site_and_all_together_use_codes_evenly(drafts: int, sites: int, seed: int) -> None:
+    written = _sampling(FakeLab(), drafts=drafts, voices="each_site")(_voices(*SITES[:sites]), stream(seed, "s"), 1)
+
+    together = Counter(draft.origin.code for draft in written)
+    assert max(together.values()) - min(together[code.id] for code in CODES) <= 1
+    for site in SITES[:sites]:
+        own = Counter(draft.origin.code for draft in written if draft.origin.voice == site)
+        assert max(own.values(), default=0) - min(own[code.id] for code in CODES) <= 2
+
+
+def test_a_site_s_drafts_are_written_by_its_own_release() -> None:
+    lab, voices = FakeLab(), _voices(*SITES[:3])
+
+    written = _sampling(lab, voices="each_site")(voices, stream(0, "s"), 1)
+
+    assert lab.names == [f"W_loc + {site}" for site in SITES[:3]]
+    assert all(one is voices.by_site[site] for one, site in zip(lab.adapters, SITES, strict=False))
+    texts = {code.id: code.text for code in CODES}
+    for site, asked in zip(SITES, lab.asked, strict=False):
+        assert asked["prompts"] == [texts[draft.origin.code] for draft in written if draft.origin.voice == site]
+
+
+def test_a_site_without_a_share_is_not_put_on_the_model() -> None:
+    lab = FakeLab()
+
+    written = _sampling(lab, drafts=2, voices="each_site")(_voices(*SITES), stream(0, "s"), 1)
+
+    assert lab.names == ["W_loc + abbey", "W_loc + brook"]
+    assert len(written) == 2
+
+
+def test_equal_texts_of_two_sites_have_different_ids() -> None:
+    drafts = [
+        _sampling(FakeLab(), drafts=1, voices="each_site")(_voices(site), stream(0, "s"), 1)[0] for site in SITES[:2]
+    ]
+
+    assert drafts[0].instruction == drafts[1].instruction
+    assert drafts[0].id != drafts[1].id
+
+
+def test_each_site_on_the_tiny_model(lab: Lab, adapter: Adapter, tmp_path: Path) -> None:
+    """Same generator, same drafts; and a site whose release is another one changes its own drafts alone."""
+    write = _section(codes=str(_write_codes(tmp_path)), max_new_tokens=6, drafts=9, voices="each_site").build(lab)
+    bent = dataclasses.replace(
+        adapter, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in adapter.layers.items()}
+    )
+    clean = Voices(merged=adapter, by_site=dict.fromkeys(SITES[:3], adapter))
+
+    drafts = write(clean, stream(0, "synthesise", 1), 1)
+    attacked = write(Voices(merged=bent, by_site={**clean.by_site, "brook": bent}), stream(0, "synthesise", 1), 1)
+
+    assert drafts == write(clean, stream(0, "synthesise", 1), 1)
+    changed = {one.origin.voice for one, other in zip(drafts, attacked, strict=True) if one != other}
+    assert changed == {"brook"}
+
+
+def test_no_release_to_write_with_is_refused() -> None:
+    with pytest.raises(RoundFailed, match=r'round 4: .*"each_site", and no single release may write.*"merged"'):
+        _sampling(FakeLab(), voices="each_site")(MERGED, stream(0, "s"), 4)
 
 
 # --- the file of codes

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from strategies.stages import Voices
+
 SITES, ROUNDS, DEADLINE_S, POLL_S = 4, 3, 600.0, 1.0
 SPEC = LoraSpec(shapes={"block.0.q": (6, 4), "block.1.v": (6, 5)}, rank=2, alpha=4.0, base="b" * 64)
 RECEIPT = DpReceipt(event=PoissonGaussian(noise_multiplier=6.0, sample_rate=0.1, steps=1, clip_norm=1.0), unit="record")
@@ -188,9 +190,9 @@ class FaultGrid(LocalGrid):
         return [one[3] for one in due]
 
 
-def _synthesise(adapter: Adapter, rng: np.random.Generator, number: int) -> Sequence[Draft]:
+def _synthesise(voices: Voices, rng: np.random.Generator, number: int) -> Sequence[Draft]:
     del rng
-    text = lora.sha256(adapter)
+    text = lora.sha256(voices.merged)
     origin = Origin(round=number, method="hash", code="", stream=str(number))
     return [Draft(id=text[:8], instruction=text, response="", origin=origin)]
 

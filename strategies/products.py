@@ -1,0 +1,107 @@
+"""Arithmetic of delta_W = (alpha / r) * b @ a over all layers, without ever writing a d_out x d_in matrix out.
+
+Aggregators that speak of products share it. An adapter is here one vector, the entries of its products in all layers:
+its norm is what an upload can do to the model, and it does not change when b and a are rescaled against each other.
+
+    <b1 a1, b2 a2> = sum of (b1' b2) * (a1 a2')             r x r matrices, entry by entry
+    b1 a1 - b2 a2  = (b1 - b2) a1 + b2 (a1 - a2)            small terms when the two are near each other
+
+Legend of shapes: r = rank; a (r, d_in), b (d_out, r).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fl_app import lora
+from fl_app.errors import AdapterMismatch
+from fl_app.types import Adapter, AdapterRelease, LoraFactors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fl_app.types import Upload
+
+
+def by_site(uploads: Sequence[Upload]) -> dict[str, Adapter]:
+    """Return the adapters by site, names sorted. Raises: ValueError for none, or two of one site: it has one voice."""
+    found = [(upload.site, upload.release.adapter) for upload in uploads if isinstance(upload.release, AdapterRelease)]
+    if not found:
+        raise ValueError("no adapter to aggregate")
+    adapters = dict(sorted(found, key=lambda pair: pair[0]))
+    if len(adapters) < len(found):
+        raise ValueError("a site sent two uploads, which would count twice; a site has one upload a round")
+    return adapters
+
+
+def check_maps(adapters: Mapping[str, Adapter], start: Adapter, *, same_rank: bool = False) -> None:
+    """Raise `AdapterMismatch` unless uploads and broadcast agree in base, layers and the maps they adapt.
+
+    numpy would stretch a factor of another shape in a difference, so shapes are compared here and never there.
+    """
+    lora.check_alike(list(adapters.values()), same_rank=same_rank)
+    try:
+        lora.check_alike([start, *list(adapters.values())[:1]], same_rank=same_rank)
+    except AdapterMismatch as error:
+        raise AdapterMismatch(f"uploads do not answer the broadcast adapter (adapter 0): {error}") from None
+    for site, adapter in adapters.items():
+        rank = lora.rank_of(adapter)
+        for layer, began in start.layers.items():
+            sent = adapter.layers[layer]
+            if sent.a.shape != (rank, began.a.shape[1]) or sent.b.shape != (began.b.shape[0], rank):
+                raise AdapterMismatch(
+                    f"{site}: {layer} is {sent.b.shape} @ {sent.a.shape}, the broadcast one adapts "
+                    f"({began.b.shape[0]}, {began.a.shape[1]})"
+                )
+            if not (np.isfinite(sent.a).all() and np.isfinite(sent.b).all()):
+                raise AdapterMismatch(f"{site}: {layer} holds NaN or infinity, which no distance is taken from")
+
+
+def distance(left: Adapter, right: Adapter) -> float:
+    """Return the Frobenius norm of delta_W(left) - delta_W(right), over all layers together; ranks may differ.
+
+    Guarantee: 0 for equal adapters; else exact to about 1e-8 of the larger of the two terms above, in float64.
+    """
+    return math.sqrt(sum(max(0.0, _squared(left, right, layer)) for layer in sorted(left.layers)))
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Return an adapter whose delta_W is sum_k weights_k * delta_W_k, exactly: the stack, of rank sum r_k.
+
+    The rows of all a_k over each other and the columns of all weights_k * b_k side by side: b @ a = sum_k weights_k
+    b_k a_k. A weight goes on one side only; on both it would square. Scalings may differ: each s_k = alpha_k / r_k is
+    folded into its block of b, and alpha is raised with the rank.
+
+    Source: Wang et al. 2024 (FLoRA, 2409.05976), section 3; ours keeps the stack as an adapter instead of merging it
+    into the base.
+    """
+    scalings = [adapter.alpha / lora.rank_of(adapter) for adapter in adapters]
+    rank = sum(lora.rank_of(adapter) for adapter in adapters)
+    blocks = [scaling / scalings[0] * weight for scaling, weight in zip(scalings, weights, strict=True)]
+    layers = {
+        name: LoraFactors(
+            a=np.concatenate([adapter.layers[name].a for adapter in adapters], axis=0),
+            b=np.concatenate(
+                [block * adapter.layers[name].b for block, adapter in zip(blocks, adapters, strict=True)], axis=1
+            ).astype(np.float32),
+        )
+        for name in sorted(adapters[0].layers)
+    }
+    return Adapter(layers=layers, alpha=scalings[0] * rank, base=adapters[0].base)
+
+
+def _squared(left: Adapter, right: Adapter, layer: str) -> float:
+    """Return the squared norm of one layer's difference."""
+    one, other = left.layers[layer], right.layers[layer]
+    scale = left.alpha / one.a.shape[0]
+    ratio = (right.alpha / other.a.shape[0]) / scale
+    a, b = one.a.astype(np.float64), one.b.astype(np.float64)
+    c, d = other.a.astype(np.float64), other.b.astype(np.float64) * ratio
+    if a.shape == c.shape:
+        columns, rows = np.concatenate([b - d, d], axis=1), np.concatenate([a, a - c], axis=0)
+    else:
+        columns, rows = np.concatenate([b, -d], axis=1), np.concatenate([a, c], axis=0)
+    return scale**2 * float(np.sum((columns.T @ columns) * (rows @ rows.T)))
