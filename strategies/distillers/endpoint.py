@@ -88,7 +88,7 @@ class Endpoint(Section):
     base_url: str
     model: Annotated[str, Field(min_length=1)]
     max_total_tokens: Annotated[int, Field(ge=1)]
-    api_key_env: str = ""
+    api_key_env: Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]{0,63})?$")] = ""
     system: str = SYSTEM
     max_tokens: Annotated[int, Field(ge=1, le=32768)] = 512
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
