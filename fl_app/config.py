@@ -214,8 +214,8 @@ def _nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 def _explain(section: type[BaseModel], detail: Any, where: str) -> str:
-    keys = [*([where] if where else []), *map(str, _keys(section, detail["loc"]))]
-    path = ".".join(_key(key) for key in keys)
+    keys = [str(key) for key in _keys(section, detail["loc"])]
+    path = ".".join([*([where] if where else []), *map(_key, keys)])
     if detail["type"] == "extra_forbidden":
         known = _fields_at(section, detail["loc"][:-1])
         return f"unknown key {path}{_nearest(str(detail['loc'][-1]), known)}; known: {', '.join(known)}"
@@ -225,13 +225,13 @@ def _explain(section: type[BaseModel], detail: Any, where: str) -> str:
         given, known = dict(detail["input"]).get("kind"), detail["ctx"]["expected_tags"]
         near = _nearest(str(given)[:SHOWN], known.replace("'", "").split(", "))
         return f"{path}.kind = {shown(given)}{near}; allowed: {known}"
-    named = next((key for key in reversed(keys) if not key.isdigit()), "")
+    named = next((key for key in reversed(keys) if not key.isdigit()), where)
     return f"{path} = {shown(detail.get('input'), named)}: {_one_line(detail['msg'])}"
 
 
 def _key(key: str) -> str:
     """Return a key as TOML writes it: bare, or in quotes and on one line."""
-    return key if _BARE_KEY.fullmatch(key) or key == "site.toml" else repr(key[:SHOWN])
+    return key if _BARE_KEY.fullmatch(key) else repr(key[:SHOWN])
 
 
 def _path(dotted: str) -> str:

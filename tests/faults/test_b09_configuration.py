@@ -209,7 +209,7 @@ class Maker:
         if options == [float]:
             least, most = float(low or 0.0), float(high if high is not None else least_over(low))
             return least + (most - least) * self.random.uniform(0.01, 0.99)
-        if options == [str] and leaf.annotation is str and leaf.bound("pattern") is None:
+        if options == [str] and leaf.annotation is str and leaf.bound("pattern", "min_length") is None:
             return self.random.choice(["x", "über alles", "a/b", "\u2603 " * 9, "", "'\"\\"])
         return None
 
