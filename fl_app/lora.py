@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fl_app import disk
-from fl_app.errors import AdapterMismatch
+from fl_app.errors import AdapterMismatch, NotFinite
 from fl_app.types import Adapter, LoraFactors
 
 if TYPE_CHECKING:
@@ -214,13 +214,15 @@ def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "f
     """Write `adapter_model.safetensors` and `adapter_config.json`, loadable by `PeftModel.from_pretrained`.
 
     Guarantee: equal adapters under equal names give equal bytes.
-    Raises: DiskFull, RunInvalid; each file is then whole or as it was.
+    Raises: NotFinite before anything is written; DiskFull, RunInvalid, and each file is then whole or as it was.
     """
     import torch
     from safetensors.torch import save
 
     tensors: dict[str, Any] = {}
     for name, factors in sorted(adapter.layers.items()):
+        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+            raise NotFinite(f"{name} holds NaN or infinity; such an adapter is neither kept nor sent")
         tensors[f"{PEFT_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
         tensors[f"{PEFT_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
     file = save(tensors, metadata={"format": "pt", "stillroom_base": adapter.base})
