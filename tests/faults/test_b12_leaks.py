@@ -2,7 +2,7 @@
 
 A case is one run, with all there is of it: what the sites sent, what they were sent, what the teacher was asked, the
 run directory with its report, every log of the process at level DEBUG, what was printed, what was raised, temporary
-files and caches, and in the site's own directory the ledger, the outbox and the audit log, which others may see one day.
+files and caches, and in the site's own directory the ledger, the outbox and the audit log, which others may see.
 """
 
 from __future__ import annotations
