@@ -22,7 +22,7 @@ from fl_app.errors import DiskFull, RunInvalid, StillroomError
 from fl_app.origin import ROOT
 from fl_app.types import Upload
 from tests.faults import full_disk
-from tests.faults.full_disk import FullDisk, ask, goes_on, lasting, make_site, pipeline_in, play_round, torn
+from tests.faults.full_disk import FullDisk, ask, close, goes_on, lasting, make_site, pipeline_in, play_round, torn
 from tests.faults.teacher import RNG, Teacher, completion, distiller, drafts
 
 if TYPE_CHECKING:
@@ -85,13 +85,13 @@ def server_trials(
             except OSError as error:
                 said = f"raises {error!r}"
             finally:
-                pipeline.lab.close()
+                close(pipeline)
         left = torn(directory)
         again = pipeline_in(directory, run_config)
         with pytest.MonkeyPatch.context() as patch:
             FullDisk(patch, directory)
             play_round(again)
-        again.lab.close()
+        close(again)
         found = lasting(directory)
         shutil.rmtree(directory)
         if full_from == 0:
@@ -235,7 +235,7 @@ def test_a_run_does_not_begin_without_a_fifth_to_spare(
 def test_the_estimate_is_above_what_a_run_takes_and_not_far(tmp_path: Path, run_config: dict[str, str]) -> None:
     pipeline = pipeline_in(tmp_path / "run", run_config)
     play_round(pipeline)
-    pipeline.lab.close()
+    close(pipeline)
     used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     adapter = lora.num_bytes(pipeline.start)
     estimate = journal.run_bytes(rounds=1, sites=2, adapter_bytes=adapter, text_bytes=9 * 1000)
