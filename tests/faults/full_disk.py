@@ -20,33 +20,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tomli_w
+from flwr.app import ArrayRecord
 
 from clients import local_round
 from clients.config import read_client
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
-from fl_app import lora, models
+from fl_app import client_app, lora, models
 from fl_app.config import LoraSection, read_tree, shared
 from fl_app.errors import StillroomError
-from fl_app.privacy.accountants import pld
 from fl_app.seeds import stream
 from fl_app.types import (
     Adapter,
     AdapterRelease,
     Broadcast,
-    DpReceipt,
     Draft,
-    Hello,
     Lesson,
     LoraFactors,
     Origin,
-    PoissonGaussian,
     Refusal,
     Upload,
 )
+from simulations.local_grid import LocalGrid
 from strategies.config import build_pipeline, read_server
-from strategies.pipeline import Collected, Pipeline
-from strategies.summary import write_summary
+from strategies.knowledge import Knowledge
 from tests.conftest import POLICY, ROWS
 
 if TYPE_CHECKING:
@@ -210,9 +207,6 @@ def goes_on(site: Site, adapter: Adapter) -> str:
 # --- a server
 
 
-RECEIPT = DpReceipt(event=PoissonGaussian(noise_multiplier=4.0, sample_rate=1.0, steps=1, clip_norm=1.0), unit="record")
-
-
 class _Stages:
     """A synthesiser, a professional and a tuner that say the same every time."""
 
@@ -230,16 +224,29 @@ class _Stages:
         return self.target
 
 
-def pipeline_in(directory: Path, run_config: Any) -> Pipeline:
-    """Return a pipeline of the real configuration with stages that cost nothing, in a run directory."""
-    overrides = f'{run_config["overrides"]}\nrun.directory="{directory}"\nserver.professional.public_text=""'
+def serve(directory: Path, run_config: Any) -> None:
+    """Play the run of a configuration to its end in a run directory, with stages that cost nothing.
+
+    Its sites have trained at the first call; at every later one they answer from their outboxes.
+    """
+    overrides = f'{run_config["overrides"]}\nrun.directory="{directory}"'
     tree = read_tree(run_config["config"], overrides)
-    pipeline = build_pipeline(tree, shared(tree), read_server(tree), run="run-a")
+    server = read_server(tree)
+    pipeline = build_pipeline(tree, shared(tree), server, run="run-a")
     still = _Stages(_other(pipeline.start, 9))
     pipeline.stages = dataclasses.replace(
         pipeline.stages, synthesizer=still.synthesise, filters=(), distiller=still.distil, tuner=still.tune
     )
-    return pipeline
+    grid = LocalGrid(client_app.app, nodes=2, run_config=run_config)
+    answer = grid._answer
+
+    def with_room(message: Any) -> Any:
+        """Let a site answer on a disk of its own."""
+        with file_limit(resource.RLIM_INFINITY):
+            return answer(message)
+
+    grid._answer = with_room  # type: ignore[method-assign]
+    Knowledge(pipeline, server.network).start(grid, ArrayRecord())
 
 
 def _other(adapter: Adapter, seed: int) -> Adapter:
@@ -249,40 +256,6 @@ def _other(adapter: Adapter, seed: int) -> Adapter:
         for name, one in adapter.layers.items()
     }
     return dataclasses.replace(adapter, layers=layers)
-
-
-def close(pipeline: Any) -> None:
-    """Give back what a pipeline holds: its own `close` where it has one, else the threads of its lab."""
-    getattr(pipeline, "close", pipeline.lab.close)()
-
-
-def play_round(pipeline: Pipeline) -> None:
-    """Open the run, play one round of two sites, and write the summary."""
-    names = ("harbour", "mill")
-    pipeline.open({name: Hello(site=name, epsilon=8.0, delta=1e-5, unit="record", spent=0.0) for name in names}, {})
-    spent = pld.epsilon([RECEIPT], 1e-5)
-    uploads = tuple(
-        Upload(
-            site=name,
-            round=1,
-            release=AdapterRelease(adapter=_other(pipeline.start, seed)),
-            receipts=(RECEIPT,),
-            spent=spent,
-        )
-        for seed, name in enumerate(names)
-    )
-    collected = Collected(
-        uploads=uploads,
-        refusals=(),
-        broken={},
-        silent=(),
-        asked=2,
-        bytes_up={},
-        bytes_down={},
-        seconds=0.0,
-    )
-    pipeline.play(1, collected)
-    write_summary(pipeline, status="completed", seconds=0.0)
 
 
 def torn(directory: Path) -> list[str]:
@@ -324,7 +297,7 @@ def lasting(directory: Path) -> dict[str, bytes]:
 def file_limit(size: int) -> Generator[None]:
     """Let no file grow beyond `size` bytes; Python ignores SIGXFSZ, so a write raises EFBIG."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size == resource.RLIM_INFINITY else size, hard))
     try:
         yield
     finally:
@@ -341,21 +314,17 @@ def _limited_site(folder: Path, size: int) -> str:
 
 def _limited_server(folder: Path, size: int, reference: dict[str, bytes], run_config: Any) -> str:
     directory, said = folder / f"run-{size}", ""
-    pipeline = pipeline_in(directory, run_config)
     try:
         with file_limit(size):
-            play_round(pipeline)
+            serve(directory, run_config)
     except StillroomError as error:
         said = str(error)
         if "\n" in said or str(directory) not in said or "bytes needed" not in said:
             return f"says {said!r}"
-    finally:
-        close(pipeline)
     if left := torn(directory):
         return "; ".join(left)
-    again = pipeline_in(directory, run_config)
-    play_round(again)
-    close(again)
+    if said:
+        serve(directory, run_config)
     return "" if lasting(directory) == reference else "another result when it went on"
 
 
@@ -366,9 +335,7 @@ def main() -> None:
         folder = Path(name)
         site = {size: _limited_site(folder, size) for size in sizes}
         run_config = prepared(folder)
-        plain = pipeline_in(folder / "plain", run_config)
-        play_round(plain)
-        close(plain)
+        serve(folder / "plain", run_config)
         reference = lasting(folder / "plain")
         server = {size: _limited_server(folder, size, reference, run_config) for size in sizes}
     print(json.dumps({"site": site, "server": server}))  # noqa: T201 - what a test reads
@@ -381,8 +348,13 @@ def prepared(folder: Path) -> dict[str, str]:
     build, runs = launch.BUILD, launch.RUNS
     launch.BUILD, launch.RUNS = folder / "build", folder / "runs"
     try:
-        small = 'simulation.partition={kind="iid", sites=2}\nserver.exam.choice_items=0\nserver.exam.free_items=0'
-        return dict(launch.prepare("configs/smoke.toml", small, run="full-disk").run_config)
+        small = """
+            simulation.partition={kind="iid", sites=2} simulation.max_rows_per_site=12 run.rounds=1
+            client.learner.steps=1 client.probe.items=1 server.network.poll_s=0.001
+            server.exam.choice_items=0 server.exam.free_items=0
+        """
+        config = dict(launch.prepare("configs/smoke.toml", small, run="full-disk").run_config)
+        return {**config, "overrides": config["overrides"] + '\nserver.professional.public_text=""'}
     finally:
         launch.BUILD, launch.RUNS = build, runs
 
