@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -263,7 +264,7 @@ def torn(directory: Path) -> list[str]:
     found: list[str] = []
     for path in sorted(one for one in directory.rglob("*") if one.is_file()):
         try:
-            if path.name.startswith("."):
+            if re.fullmatch(r"\..+\.\d+", path.name):
                 found.append(f"{path} was left behind")
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
@@ -286,7 +287,7 @@ def lasting(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in timed
+        if path.is_file() and path.name not in timed and path.parent.name != "done"
     }
 
 
