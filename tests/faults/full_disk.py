@@ -351,6 +351,7 @@ def prepared(folder: Path) -> dict[str, str]:
     try:
         small = """
             simulation.partition={kind="iid", sites=2} simulation.max_rows_per_site=12 run.rounds=1
+            simulation.policy.min_noise_multiplier=4.0 simulation.policy.max_noise_multiplier=5.0
             client.learner.steps=1 client.probe.items=1 server.network.poll_s=0.001
             server.exam.choice_items=0 server.exam.free_items=0
         """
