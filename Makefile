@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume test test-slow test-all audit bench-step ledger preflight audit-log check format setup professional \
+.PHONY: demo resume test test-slow test-all audit faults bench-step ledger preflight audit-log check format setup professional \
   corpus export clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
@@ -28,6 +28,9 @@ test-all: test test-slow
 
 audit: setup  ## is it really DP? three layers, 2,000 canaries, mistakes planted in copies of the tree (8 minutes, 2 cores)
 	$(BIN)/python benchmarks/audit.py
+
+faults: setup  ## what was broken on purpose, and what held, by bar (make faults ARGS=--all: the slow cases too)
+	@PYTHONPATH=. $(BIN)/python benchmarks/faults.py $(ARGS)
 
 bench-step: setup  ## what a DP step and a site's round cost, against peft and Opacus (about 40 minutes, one core)
 	PYTHONPATH=. $(BIN)/python benchmarks/dp_step.py

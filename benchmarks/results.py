@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import performance
+import reliability
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 AUDIT_PAGE = ROOT / "docs" / "audit.md"
 PERFORMANCE_PAGE = ROOT / "docs" / "performance.md"
+RELIABILITY_PAGE = ROOT / "docs" / "reliability.md"
 NAMES = {
     "base": "base model",
     "start": "start (public warm start)",
@@ -214,6 +216,7 @@ def main() -> int:
         PAGE.write_text(table(), encoding="utf-8")
         AUDIT_PAGE.write_text(audit_page(), encoding="utf-8")
         PERFORMANCE_PAGE.write_text(performance.page(), encoding="utf-8")
+        RELIABILITY_PAGE.write_text(reliability.page(), encoding="utf-8")
     return 0
 
 

@@ -8,12 +8,16 @@
 Flower's run-config takes scalars only, so it carries two of them: `config` (a path, absolute or from the project's
 root) and `overrides` (`run.rounds=3 server.tuner.epochs=2`, values in TOML syntax, separated by blanks or newlines).
 The digest of the resolved tree travels in `Broadcast`, so both sides know that they read the same file.
+
+A message names keys and values, on one line, because that is what helps; but what stands under a key that is called
+like a secret, or looks like one, is shown as ***: messages go to logs and to tickets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +34,23 @@ SectionT = TypeVar("SectionT", bound="Section")
 TABLES = ("run", "model", "lora", "client", "server", "simulation")
 LOCAL_KEYS = frozenset({"directory"})
 """Keys of [run] that name places on one machine; they do not enter the digest."""
+
+
+MAX_DEPTH = 16
+"""Levels of tables and lists; ours have six. Deeper trees would end in errors of recursion, here or in a library."""
+
+SHOWN = 80
+"""Characters of a value that a message shows."""
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_SECRET_KEY = re.compile(
+    r"(?:^|[_.])(?:apikey|key|secret|token|password|passwd|pwd|passphrase|credentials?|auth|authorization|bearer)(?:[_.]|$)"
+)
+_SECRET_VALUE = re.compile(
+    r"(?<=://)[^/'\"]*@|(?<=[?&])[\w-]+=[^&'\"]+|\bbearer\s+[\w.~+-]+|"
+    r"\b[spr]k-[\w-]{6,}|\bgh[a-z]_\w{10,}|\bhf_\w{10,}|\bAKIA\w{10,}|\beyJ[\w-]+\.[\w.-]+",
+    re.IGNORECASE,
+)
 
 
 class Section(BaseModel):
@@ -102,9 +123,10 @@ def read_tree(config: str, overrides: str = "") -> Tree:
         _set(tree, key, value)
     for table, content in tree.items():
         if table in TABLES and not isinstance(content, dict):
-            raise ConfigInvalid(f"[{table}] is a value, not a table: {str(content)[:80]!r}")
+            raise ConfigInvalid(f"[{table}] is a value, not a table: {shown(content, table)}")
         if table not in TABLES:
-            raise ConfigInvalid(f"unknown table [{table}]{_nearest(table, TABLES)}; known: {', '.join(TABLES)}")
+            raise ConfigInvalid(f"unknown table [{_key(table)}]{_nearest(table, TABLES)}; known: {', '.join(TABLES)}")
+    _check_values(tree, "")
     return tree
 
 
@@ -113,11 +135,19 @@ def parse(section: type[SectionT], tree: object, *, where: str = "") -> SectionT
 
     Raises: ConfigInvalid naming every bad key, its value, what is allowed and, for a typo, the nearest key.
     """
+    _check_values(tree, where)
     try:
         return section.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(section, detail, where) for detail in error.errors()]
         raise ConfigInvalid("; ".join(lines)) from None
+
+
+def shown(value: object, key: str = "") -> str:
+    """Return a value as a message may show it: one line, not long, and no secret."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", key).lower()
+    text = "***" if _SECRET_KEY.search(words) else _SECRET_VALUE.sub("***", str(_masked(value)))
+    return repr(text[:SHOWN])
 
 
 def shared(tree: Tree) -> SharedConfig:
@@ -138,12 +168,13 @@ def _read_overrides(overrides: str) -> Tree:
     for item in _split(overrides):
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
-            raise ConfigInvalid(f"override {item!r} is not key=value, e.g. run.rounds=3")
+            raise ConfigInvalid(f"override {shown(item)} is not key=value, e.g. run.rounds=3")
         try:
             values[key.strip()] = tomllib.loads(f"x = {value.strip()}")["x"]
         except (ValueError, RecursionError):
+            name = key.strip()
             raise ConfigInvalid(
-                f"override {key.strip()}: {value.strip()[:80]!r} is no TOML value; quote strings"
+                f"override {_path(name)}: {shown(value.strip(), name)} is no TOML value; quote strings"
             ) from None
     return values
 
@@ -172,7 +203,7 @@ def _set(tree: Tree, key: str, value: object) -> None:
     for name in parents:
         child = tree.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigInvalid(f"override {key}: {name!r} is a value, not a table")
+            raise ConfigInvalid(f"override {_path(key)}: {_key(name)!r} is a value, not a table")
         tree = child
     tree[last] = value
 
@@ -183,13 +214,55 @@ def _nearest(word: str, known: tuple[str, ...] | list[str]) -> str:
 
 
 def _explain(section: type[BaseModel], detail: Any, where: str) -> str:
-    path = ".".join(str(part) for part in (*([where] if where else []), *_keys(section, detail["loc"])))
+    keys = [str(key) for key in _keys(section, detail["loc"])]
+    path = ".".join([*([where] if where else []), *map(_key, keys)])
     if detail["type"] == "extra_forbidden":
         known = _fields_at(section, detail["loc"][:-1])
         return f"unknown key {path}{_nearest(str(detail['loc'][-1]), known)}; known: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{path} is required and absent"
-    return f"{path} = {str(detail.get('input'))[:80]!r}: {detail['msg']}"
+    if detail["type"] == "union_tag_invalid":
+        given, known = dict(detail["input"]).get("kind"), detail["ctx"]["expected_tags"]
+        near = _nearest(str(given)[:SHOWN], known.replace("'", "").split(", "))
+        return f"{path}.kind = {shown(given)}{near}; allowed: {known}"
+    named = next((key for key in reversed(keys) if not key.isdigit()), where)
+    return f"{path} = {shown(detail.get('input'), named)}: {_one_line(detail['msg'])}"
+
+
+def _key(key: str) -> str:
+    """Return a key as TOML writes it: bare, or in quotes and on one line."""
+    return key if _BARE_KEY.fullmatch(key) else repr(key[:SHOWN])
+
+
+def _path(dotted: str) -> str:
+    return ".".join(_key(part) for part in dotted[:SHOWN].split("."))
+
+
+def _one_line(text: str) -> str:
+    masked = _SECRET_VALUE.sub("***", text)
+    return "".join(c if c.isprintable() else " " for c in masked)[: 4 * SHOWN]
+
+
+def _masked(value: Any) -> Any:
+    """Return a value with the secrets in its tables hidden; its depth has been checked."""
+    if isinstance(value, dict):
+        return {key: shown(item, str(key))[1:-1] for key, item in value.items()}
+    return [_masked(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_values(tree: Any, where: str) -> None:
+    """Raise ConfigInvalid for what TOML allows nobody to write, or nobody means: endless depth, huge whole numbers."""
+    level = [(where, tree)]
+    for depth in range(MAX_DEPTH + 1):
+        below: list[tuple[str, Any]] = []
+        for path, value in level:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ConfigInvalid(f"{path} is a whole number of {value.bit_length()} bits; TOML holds 64")
+            inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            below += [(f"{path}.{_key(str(key))}".lstrip("."), item) for key, item in inner]
+        if depth == MAX_DEPTH and below:
+            raise ConfigInvalid(f"{below[0][0][:SHOWN]}... is nested deeper than {MAX_DEPTH} levels; ours have six")
+        level = below
 
 
 def _fields_at(section: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:

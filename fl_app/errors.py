@@ -13,7 +13,9 @@
     ├── PolicyRefusal        the site's own policy forbids what the server asks
     ├── AuditBroken          the audit log was changed, cut, or cannot be written
     ├── TeacherFailed        the professional gave no usable answer
+    ├── NotFinite            a model computed NaN or infinity where a number is needed
     ├── RunInvalid           a run directory cannot be continued or read
+    ├── DiskFull             a file could not be written whole, or there is too little space to begin
     └── RoundFailed          a round has no result; the run stops and says why
 
 Out of scope: what travels. An error raised on a site never leaves it; `clients.local_round` sends a `Refusal`
@@ -75,6 +77,14 @@ class AuditBroken(StillroomError):
 
 class TeacherFailed(StillroomError):
     """The professional model gave no usable answer."""
+
+
+class NotFinite(StillroomError):
+    """A model computed NaN or infinity where a number is needed."""
+
+
+class DiskFull(StillroomError):
+    """A file could not be written whole, or there is too little space to begin."""
 
 
 class RunInvalid(StillroomError):

@@ -9,8 +9,11 @@ Legend of shapes: B = rows, T = padded length, V = vocabulary, O = options per p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from fl_app.errors import NotFinite
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 CANDIDATES = 512
 """Sampling looks at this many most likely tokens. A full sort of 49k scores costs a third of a decoding step on a CPU;
 under top_p <= .95 the tail beyond 512 tokens is cut anyway (assumption, not studied)."""
+
+_WAY_OUT = "its weights, or the adapter on it, hold NaN or infinity; check the base model's files, lower learning_rate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +49,15 @@ def generate(
     """Return one continuation per prompt, decoded as one batch, special tokens removed.
 
     temperature 0 is greedy; `rng` is then not used. A row ends at the end token or after `max_new_tokens`.
+
+    Raises: NotFinite when a row's best score is no number: what is drawn from such scores means nothing.
     """
     import torch
     from transformers import LogitsProcessorList
 
     if not prompts:
         return []
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList([_finite_scores()])
     if temperature > 0:
         processors.append(_seeded_sampling(temperature, top_p, rng))
     ids_BT, mask_BT = _left_padded(tokenizer, [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts])
@@ -77,6 +84,8 @@ def option_likelihood(
 
     Every prompt must have the same number of options O. Options are tokenised apart from their prompt; an empty one
     has log-likelihood 0.
+
+    Raises: NotFinite when a likelihood is no number.
     """
     import torch
 
@@ -113,6 +122,8 @@ def option_likelihood(
             if len(ids) > 1:
                 later = more.logits[row, : len(ids) - 1].float().log_softmax(-1)
                 total += float(later.gather(1, torch.tensor(ids[1:])[:, None]).sum())
+            if not math.isfinite(total):
+                raise NotFinite(f"log-likelihood {total} from the model: {_WAY_OUT}")
             likelihoods.append(Likelihood(log_prob=total, tokens=len(ids), bytes=len(texts[row].encode())))
     return [likelihoods[i : i + width] for i in range(0, len(likelihoods), width)]
 
@@ -129,6 +140,20 @@ def _left_padded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[Any, An
         ids_BT[row, width - len(ids) :] = torch.tensor(ids)
         mask_BT[row, width - len(ids) :] = 1
     return ids_BT, mask_BT
+
+
+def _finite_scores() -> Any:
+    """Return a logits processor that changes nothing and refuses rows without a best score."""
+    from transformers import LogitsProcessor
+
+    class FiniteScores(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            best_B = scores.amax(-1)  # NaN if any is NaN; -inf where all are, and single ones may be
+            if not bool(best_B.isfinite().all()):
+                raise NotFinite(f"best score {best_B.tolist()[:4]} from the model: {_WAY_OUT}")
+            return scores
+
+    return FiniteScores()
 
 
 def _seeded_sampling(temperature: float, top_p: float, rng: np.random.Generator) -> Any:

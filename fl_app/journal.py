@@ -22,12 +22,14 @@ import hashlib
 import json
 import math
 import os
+import threading
 import time
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from fl_app import disk
 from fl_app.errors import RunInvalid
 
 if TYPE_CHECKING:
@@ -38,36 +40,60 @@ STAMP = "SIMULATION - NOT PRIVATE"
 """On every artefact of a simulation: its noise comes from a seed that anyone may know."""
 
 
+ROOM = 1.2
+"""A run begins only with this much more space than it is estimated to need (specs, B7)."""
+
+FIXED_BYTES = 1 << 20
+"""Configuration, summary, report and card, with room to spare (a report of two rounds is 0.2 MiB)."""
+
+FILE_BYTES = 1 << 14
+"""What stands beside each adapter: its configuration and receipts, and the blocks that short files fill up."""
+
+
 class Journal:
     """The run directory of one run; the clock of its events goes on where that of a stopped run stood."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
+        self._one_writer = threading.Lock()
+        with disk.naming(directory, 0):
+            directory.mkdir(parents=True, exist_ok=True)
         self._start = time.monotonic() - _last_t(directory / "journal.jsonl")
 
     def event(self, name: str, **fields: object) -> None:
         """Append one line to `journal.jsonl`: the event, seconds since the start, and its public fields."""
         line = _json({"event": name, "t": round(time.monotonic() - self._start, 3), **fields})
-        with (self.directory / "journal.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
+        with self._one_writer:
+            disk.append(self.directory / "journal.jsonl", (line + "\n").encode())
 
     def round(self, number: int) -> Path:
         """Return the directory of round `number`, made on first use."""
         folder = self.directory / "rounds" / str(number)
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk.naming(folder, 0):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 
+def check_space(directory: Path, need_bytes: int) -> None:
+    """Return when there is room for `need_bytes` and a fifth more in `directory`, which need not exist yet.
+
+    Raises: DiskFull, before anything is written.
+    """
+    disk.require(directory, math.ceil(need_bytes * ROOM))
+
+
+def run_bytes(*, rounds: int, sites: int, adapter_bytes: int, text_bytes: int) -> int:
+    """Return about how many bytes a run directory will take.
+
+    `adapter_bytes` is one adapter in float32, of which a round keeps each site's, the merged one and the target;
+    `text_bytes` is what the drafts and lessons of one round may take.
+    """
+    return FIXED_BYTES + adapter_bytes + rounds * ((sites + 2) * (adapter_bytes + FILE_BYTES) + text_bytes)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    """Replace the file at `path` as a whole. Raises: DiskFull, RunInvalid; the file is then as it was."""
+    disk.replace(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:

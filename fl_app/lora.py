@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fl_app.errors import AdapterMismatch
+from fl_app import disk
+from fl_app.errors import AdapterMismatch, NotFinite
 from fl_app.types import Adapter, LoraFactors
 
 if TYPE_CHECKING:
@@ -244,20 +244,22 @@ def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "f
     """Write `adapter_model.safetensors` and `adapter_config.json`, loadable by `PeftModel.from_pretrained`.
 
     Guarantee: equal adapters under equal names give equal bytes.
+    Raises: NotFinite before anything is written; DiskFull, RunInvalid, and each file is then whole or as it was.
     """
     import torch
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Any] = {}
     for name, factors in sorted(adapter.layers.items()):
+        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
+            raise NotFinite(f"{name} holds NaN or infinity; such an adapter is neither kept nor sent")
         tensors[f"{PEFT_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
         tensors[f"{PEFT_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
     file = save(tensors, metadata={"format": "pt", "stillroom_base": adapter.base})
-    _replace(folder / "adapter_model.safetensors", _with_sorted_header(file))
+    disk.replace(folder / "adapter_model.safetensors", _with_sorted_header(file))
     config = _config(adapter, base_model_name_or_path=base_name, task_type="CAUSAL_LM", inference_mode=True)
     text = json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
-    _replace(folder / "adapter_config.json", (text + "\n").encode())
+    disk.replace(folder / "adapter_config.json", (text + "\n").encode())
 
 
 def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
@@ -285,16 +287,6 @@ def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
             raise AdapterMismatch(f"{folder}: layer {name} has only factor {', '.join(found)}")
     layers = {name: LoraFactors(a=found["a"], b=found["b"]) for name, found in parts.items()}
     return Adapter(layers=layers, alpha=float(config["lora_alpha"]), base=known_base)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: written beside its place, fsynced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
 
 
 def _linear_shape(module: Any) -> tuple[int, int] | None:

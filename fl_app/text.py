@@ -1,4 +1,4 @@
-"""Small facts about text that several methods ask for: words, n-grams, sentence ends, links, one safe line.
+"""Small facts about text that several methods ask for: words, n-grams, sentence ends, markup, one safe line.
 
 Language: words are runs of letters or digits of any script; sentence ends are the marks of western and Chinese text.
 Out of scope: tokenizers of models (`fl_app.models`), and judging text (`strategies.filters`).
@@ -6,7 +6,9 @@ Out of scope: tokenizers of models (`fl_app.models`), and judging text (`strateg
 
 from __future__ import annotations
 
+import html
 import re
+import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,7 +22,30 @@ _LINK = re.compile(
     r"(?:\b[a-z][a-z0-9+.-]*://|\bwww\.|\bmailto:|!\[[^\]]*\]|\]\(|<\s*(?:a|img|script|iframe)\b)", re.IGNORECASE
 )
 
-TEMPLATE_MARKS = ("<|", "[inst", "[/inst", "<start_of_turn>", "<end_of_turn>", "<tool_call", "<function", "<s>", "</s>")
+_HIDDEN = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+"""Zero-width spaces, turned directions and tag characters; joiners that scripts and emoji need are left alone."""
+
+_ADDRESS = re.compile(
+    r"://|\b(?:javascript|data):\S|\b(?:[a-z0-9-]+\.)+(?:com|org|net|info|biz|io|ru|cn|xyz|example|test)\b",
+    re.IGNORECASE,
+)
+_ROLE = re.compile(
+    r"^\W{0,4}(?:system|assistant|user|human|developer)\W{0,3}:|^\s*#{2,}\s*(?:instruction|input|response|system)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_TOOL = re.compile(
+    r"[\"'](?:tool_calls?|tool_use|function_call|arguments)[\"']\s*:|<\s*/?\s*(?:tool|function|invoke|parameter)|"
+    r"\[\s*tool|```\s*tool|^\s*action(?: input)?\s*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ENCODED = re.compile(
+    r"(?=[A-Za-z+/]*[0-9])(?=[a-z0-9+/]*[A-Z])(?=[A-Z0-9+/]*[a-z])[A-Za-z0-9+/]{32,}|\b[0-9a-f]{32,}\b|[A-Za-z0-9+/]{12,}={1,2}(?!\w)"
+)
+
+TEMPLATE_MARKS = (
+    *("<|", "[inst", "[/inst", "<<sys", "<s>", "</s>"),
+    *("<start_of_turn>", "<end_of_turn>", "<tool_call", "<function"),
+)
 """Lower-case beginnings, of the model families that we have met; a new family adds its own."""
 
 
@@ -92,3 +117,22 @@ def holds_template_mark(text: str) -> bool:
     """Return whether the text holds a mark of a chat template or of a tool call, which no plain message does."""
     lowered = text.lower()
     return any(mark in lowered for mark in TEMPLATE_MARKS)
+
+
+def markup(text: str) -> str:
+    """Return which markup a text holds that no plain question or answer does; empty when it holds none.
+
+    Seen through entities, full-width letters and characters without width. "link" also stands for a bare address;
+    "encoded text" for 32 characters and more without a blank, digits among them.
+    Out of scope: asking for something forbidden in plain words, which has no form to be recognised by.
+    """
+    plain = unicodedata.normalize("NFKC", html.unescape(_HIDDEN.sub("", text)))
+    found = (
+        (bool(_HIDDEN.search(text)), "hidden characters"),
+        (holds_link(plain) or bool(_ADDRESS.search(plain)), "link"),
+        (holds_template_mark(plain), "template mark"),
+        (bool(_ROLE.search(plain)), "role mark"),
+        (bool(_TOOL.search(plain)), "tool call"),
+        (bool(_ENCODED.search(plain)), "encoded text"),
+    )
+    return next((name for holds, name in found if holds), "")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from fl_app import lora, models, text
+from fl_app import journal, lora, models, text
 from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
@@ -124,6 +125,7 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
     exam = read_exam(server.exam, seed=shared.run.seed)
     local = models.load(shared.model.name, shared.model.dtype)
     spec = lora.spec_of(local, shared.lora)
+    _check_space(shared, server, spec)
     professional = models.load(server.professional.model or shared.model.name, shared.model.dtype)
     lab = Lab(
         local=local,
@@ -170,6 +172,19 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
         accept_non_private=server.accept_non_private,
         cap=read_cap(tree.get("client", {}).get("learner", {}), largest=server.max_update_norm),
     )
+
+
+TEXT_BYTES = 4 << 20
+"""What drafts, verdicts and lessons of a round may take: 144 drafts take 0.3 MiB. Assumption."""
+
+
+def _check_space(shared: SharedConfig, server: ServerSection, spec: LoraSpec) -> None:
+    """Return when the run directory has room for the run. Raises: DiskFull."""
+    numbers = sum(math.prod(shape) for shape in lora.factor_shapes(spec).values())
+    need = journal.run_bytes(
+        rounds=shared.run.rounds, sites=server.network.sites, adapter_bytes=4 * numbers, text_bytes=TEXT_BYTES
+    )
+    journal.check_space(Path(shared.run.directory), need)
 
 
 def _start(shared: SharedConfig, spec: LoraSpec) -> Adapter:

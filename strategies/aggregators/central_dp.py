@@ -94,9 +94,9 @@ class CentralDp(Section):
         kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", value)
         if kind != "mean_factors":
             raise ValueError(
-                f"{kind!r} cannot be wrapped: its result is not a sum of the sites' factors divided by a constant, so "
-                'clipping each update bounds nothing; write inner = {kind = "mean_factors"}, or use it without '
-                "central_dp"
+                f"{repr(kind)[:40]} cannot be wrapped: its result is not a sum of the sites' factors divided by a "
+                'constant, so clipping each update bounds nothing; write inner = {kind = "mean_factors"}, or use it '
+                "without central_dp"
             )
         return value
 

@@ -1,15 +1,17 @@
 """Any OpenAI-compatible endpoint answers the drafts: vLLM, a llama.cpp server, a vendor.
 
-What is sent: the fixed system prompt, and one draft between delimiters that carry its hash. No tools, ever; an answer
-with a link, an image or a template's mark makes no lesson (specs, T8). The key comes from the environment variable
-that the configuration names, and goes nowhere but into the request.
+What is sent: the fixed system prompt, and one draft between delimiters that carry its hash. No tools, ever; a draft
+with a link, a tool call or other markup (`fl_app.text.markup`) is not sent, and an answer with any, or one that
+recites the system prompt, makes no lesson (specs, T8). The key comes from the environment variable that the
+configuration names, and goes nowhere but into the request.
 
 | what the endpoint does                                         | what happens                                        |
 | -------------------------------------------------------------- | --------------------------------------------------- |
 | no connection, time-out, 408, 409, 425, 429, 5xx, no JSON      | tried again, at most `max_attempts` times in all    |
+| another certificate than one that this machine trusts          | TeacherFailed at once                               |
 | Retry-After, in seconds or as a date                           | waited for; more than `max_wait_s`: TeacherFailed   |
 | 400 or 413 for length or content, refusal, empty, tool call    | no lesson for this draft                            |
-| 401, 403, 402 or spent quota, any other status                 | TeacherFailed at once                               |
+| 401, 403, 402 or spent quota, a redirect, any other status     | TeacherFailed at once                               |
 | finish_reason "length"                                         | cut at the last sentence                            |
 | the next request might pass `max_total_tokens`                 | TeacherFailed                                       |
 
@@ -19,15 +21,17 @@ Out of scope: streaming answers, choosing among several.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
+import ssl
 import threading
 import time
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -36,9 +40,11 @@ from pydantic import Field, SecretStr, field_validator
 
 from fl_app import text
 from fl_app.config import Section
-from fl_app.errors import ConfigInvalid, RunInvalid, TeacherFailed
+from fl_app.errors import ConfigInvalid, TeacherFailed
 from fl_app.origin import ROOT
 from fl_app.types import Lesson
+from strategies.distillers.book import Book, Outcome
+from strategies.distillers.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,6 +72,9 @@ ANSWERS = "answers.jsonl"
 FRAMING_TOKENS = 64
 """Tokens of a chat template around two messages; generous, and bounds the reservation only."""
 
+RECITED_WORDS = 8
+"""An answer with this many words of the system prompt in a row recites it (assumption, not studied)."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -81,7 +90,7 @@ class Endpoint(Section):
     base_url: str
     model: Annotated[str, Field(min_length=1)]
     max_total_tokens: Annotated[int, Field(ge=1)]
-    api_key_env: str = ""
+    api_key_env: Annotated[str, Field(pattern=r"^([A-Z_][A-Z0-9_]{0,63})?$")] = ""
     system: str = SYSTEM
     max_tokens: Annotated[int, Field(ge=1, le=32768)] = 512
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -114,16 +123,6 @@ class Endpoint(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What one prompt came to, as the cache holds it. `skipped` says why there is no text."""
-
-    text: str = ""
-    finish: str = ""
-    tokens: int = 0
-    skipped: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Again:
     """An attempt that failed for now. `wait_s` is the server's wish; `paid` whether tokens may have been spent."""
 
@@ -141,10 +140,10 @@ class EndpointDistiller:
     cache: Path | None = None
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.time
-    _book: _Book = field(init=False, repr=False)
+    _book: Book = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_book", _Book(self.cache, self.section.max_total_tokens))
+        object.__setattr__(self, "_book", Book(self.cache, self.section.max_total_tokens))
 
     def __call__(self, drafts: Sequence[Draft], rng: np.random.Generator) -> Sequence[Lesson]:
         """Return a lesson for every draft with a usable answer, in order; equal instructions are asked once.
@@ -153,14 +152,18 @@ class EndpointDistiller:
         """
         del rng  # the endpoint samples with its own
         keys = [self._key(draft.instruction) for draft in drafts]
-        asked = {key: draft.instruction for key, draft in zip(keys, drafts, strict=True)}
+        barred = {key: text.markup(draft.instruction) for key, draft in zip(keys, drafts, strict=True)}
+        asked = {key: draft.instruction for key, draft in zip(keys, drafts, strict=True) if not barred[key]}
         unknown = {key: instruction for key, instruction in asked.items() if key not in self._book.outcomes}
         if unknown:
             self._ask_all(unknown)
         lessons: list[Lesson] = []
         left_out: Counter[str] = Counter()
         for key, draft in zip(keys, drafts, strict=True):
-            outcome = _usable(self._book.outcomes[key])
+            if barred[key]:
+                left_out[f"asks with a {barred[key]}"] += 1
+                continue
+            outcome = self._usable(self._book.outcomes[key])
             if outcome.skipped:
                 left_out[outcome.skipped] += 1
                 continue
@@ -193,14 +196,17 @@ class EndpointDistiller:
         from openai import OpenAI
 
         stop = threading.Event()
+        transport = Transport(self.section.timeout_s)
         client = OpenAI(
             base_url=self.section.base_url,
             api_key=self.api_key.get_secret_value(),
             timeout=self.section.timeout_s,
             max_retries=0,
+            http_client=transport.client,
         )
+        ask = functools.partial(self._ask_or_stop, client, transport, stop)
         with client, ThreadPoolExecutor(self.section.max_concurrency, thread_name_prefix="teacher") as pool:
-            jobs = [pool.submit(self._ask_or_stop, client, key, asked, stop) for key, asked in unknown.items()]
+            jobs = [pool.submit(ask, key, asked) for key, asked in unknown.items()]
             try:
                 wait(jobs, return_when=FIRST_EXCEPTION)
             finally:
@@ -210,17 +216,19 @@ class EndpointDistiller:
             if not job.cancelled():
                 job.result()
 
-    def _ask_or_stop(self, client: OpenAI, key: str, instruction: str, stop: threading.Event) -> None:
+    def _ask_or_stop(
+        self, client: OpenAI, transport: Transport, stop: threading.Event, key: str, instruction: str
+    ) -> None:
         """Ask, and let no other prompt go out once this one has failed for good."""
         asked = False
         try:
-            self._ask(client, key, instruction, stop)
+            self._ask(client, transport, stop, key, instruction)
             asked = True
         finally:
             if not asked:
                 stop.set()
 
-    def _ask(self, client: OpenAI, key: str, instruction: str, stop: threading.Event) -> None:
+    def _ask(self, client: OpenAI, transport: Transport, stop: threading.Event, key: str, instruction: str) -> None:
         """Put the outcome of one prompt into the book.
 
         Raises: TeacherFailed when the endpoint says no for good, or for now too often.
@@ -238,7 +246,7 @@ class EndpointDistiller:
                 if stop.is_set():
                     return
                 paid = most
-                outcome = self._attempt(client, messages)
+                outcome = self._attempt(client, transport, messages)
                 paid = outcome.tokens if isinstance(outcome, Outcome) else most * outcome.paid
             finally:
                 self._book.settle(most, paid)
@@ -261,31 +269,54 @@ class EndpointDistiller:
             raise TeacherFailed(f"{wish}, more than max_wait_s = {most:g}; continue later or raise it")
         return again.wait_s
 
-    def _attempt(self, client: OpenAI, messages: list[dict[str, str]]) -> Outcome | _Again:
-        """Send one request and read its answer to the end, `timeout_s` in all once it has begun to come."""
+    def _attempt(self, client: OpenAI, transport: Transport, messages: list[dict[str, str]]) -> Outcome | _Again:
+        """Send one request and read its answer to the end, `timeout_s` in all.
+
+        Raises: TeacherFailed when the endpoint is not who it should be, or says no for good.
+        """
         import httpx2  # openai's transport: its errors while a body is read come through as they are
         import openai
 
-        section, body, start = self.section, bytearray(), time.monotonic()
-        refused: openai.APIStatusError | None = None
+        section, body = self.section, b""
+        failed: openai.APIError | httpx2.HTTPError | None = None
         chat: Any = client.chat.completions.with_streaming_response
-        try:
-            with chat.create(
-                model=section.model, messages=messages, max_tokens=section.max_tokens, temperature=section.temperature
-            ) as response:
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    if time.monotonic() - start > section.timeout_s:
-                        return _Again(cause=f"answer not complete after {section.timeout_s:g} s", paid=True)
-        except openai.APIStatusError as error:
-            refused = error  # judged below: an error raised here would carry the server's words, perhaps the key
-        except openai.APITimeoutError:
+        with transport.hourglass() as glass:
+            try:
+                with chat.create(
+                    model=section.model,
+                    messages=messages,
+                    max_tokens=section.max_tokens,
+                    temperature=section.temperature,
+                ) as response:
+                    body = b"".join(response.iter_bytes())
+            except (openai.APIStatusError, openai.APIConnectionError, httpx2.HTTPError) as error:
+                failed = error  # judged below: an error raised here would carry the server's words, perhaps the key
+        if glass.over:
             return _Again(cause=f"no answer within {section.timeout_s:g} s", paid=True)
-        except openai.APIConnectionError as error:
-            return _Again(cause=f"no connection ({self._redacted(error.__cause__ or error)})")
-        except httpx2.HTTPError as error:
-            return _Again(cause=f"answer broke off ({type(error).__name__})", paid=True)
-        return _read(bytes(body)) if refused is None else self._status(refused)
+        if isinstance(failed, openai.APIStatusError):
+            return self._status(failed)
+        if isinstance(failed, openai.APITimeoutError):
+            return _Again(cause=f"no answer within {section.timeout_s:g} s", paid=True)
+        if isinstance(failed, openai.APIConnectionError):
+            return self._unconnected(failed.__cause__ or failed)
+        if failed is not None:
+            return _Again(cause=f"answer broke off ({type(failed).__name__})", paid=True)
+        return _read(body)
+
+    def _unconnected(self, cause: BaseException) -> _Again:
+        """Return what a failed connection means: nothing was paid unless it had stood already."""
+        import httpx2
+
+        under: BaseException | None = cause
+        while under is not None and not isinstance(under, ssl.SSLCertVerificationError):
+            under = under.__cause__ or under.__context__
+        if under is not None:
+            raise TeacherFailed(
+                f"{self.section.base_url} shows a certificate that is not trusted here "
+                f"({under.verify_message}); nothing was sent: check base_url, or install its authority"
+            )
+        stood = not isinstance(cause, httpx2.ConnectError)
+        return _Again(cause=f"no connection ({self._redacted(cause)})", paid=stood)
 
     def _status(self, error: Any) -> Outcome | _Again:
         """Return what an HTTP status means. `error` is an openai.APIStatusError."""
@@ -305,23 +336,23 @@ class EndpointDistiller:
             return Outcome(skipped="content filter")
         raise TeacherFailed(f"{where}: {said[:200]}; check base_url and model in [server.distiller]")
 
+    def _usable(self, outcome: Outcome) -> Outcome:
+        """Return the outcome with the text a lesson may hold, or with the reason why there is none."""
+        answer = outcome.text.strip()
+        if outcome.finish == "length":
+            answer = text.cut_at_last_sentence(answer)
+        rules = set(text.ngrams(text.words(self.section.system), RECITED_WORDS))
+        reasons = (
+            (bool(outcome.skipped), outcome.skipped),
+            (not answer, "empty"),
+            (bool(text.markup(answer)), text.markup(answer)),
+            (not rules.isdisjoint(text.ngrams(text.words(answer), RECITED_WORDS)), "recites the system prompt"),
+        )
+        why = next((reason for applies, reason in reasons if applies), "")
+        return replace(outcome, text="" if why else answer, skipped=why)
+
     def _redacted(self, said: object) -> str:
         return str(said).replace(self.api_key.get_secret_value(), "***")
-
-
-def _usable(outcome: Outcome) -> Outcome:
-    """Return the outcome with the text a lesson may hold, or with the reason why there is none."""
-    answer = outcome.text.strip()
-    if outcome.finish == "length":
-        answer = text.cut_at_last_sentence(answer)
-    reasons = (
-        (bool(outcome.skipped), outcome.skipped),
-        (not answer, "empty"),
-        (text.holds_link(answer), "link"),
-        (text.holds_template_mark(answer), "template mark"),
-    )
-    why = next((reason for applies, reason in reasons if applies), "")
-    return replace(outcome, text="" if why else answer, skipped=why)
 
 
 def _read(body: bytes) -> Outcome | _Again:
@@ -341,6 +372,7 @@ def _read(body: bytes) -> Outcome | _Again:
         (bool(message.get("refusal")), "refusal"),
         (bool(message.get("tool_calls") or message.get("function_call")), "tool call"),
         (finish == "content_filter", "content filter"),
+        (not said.strip(), "empty"),
     )
     why = next((reason for applies, reason in reasons if applies), "")
     tokens = total if isinstance(total, int) and total >= 0 else len(body)
@@ -359,61 +391,3 @@ def _retry_after(headers: Any, now: float) -> float | None:
     except (ValueError, OverflowError):
         return None
     return max(0.0, seconds)
-
-
-class _Book:
-    """Outcomes by key, in memory and in a JSON-lines file, and the tokens paid for them. Used by several threads."""
-
-    def __init__(self, path: Path | None, max_total_tokens: int) -> None:
-        self.outcomes: dict[str, Outcome] = {}
-        self._path = path
-        self._most = max_total_tokens
-        self._lock = threading.Condition()
-        self._reserved = 0
-        if path is not None and path.is_file():
-            self._load(path)
-        self._paid = sum(outcome.tokens for outcome in self.outcomes.values())
-
-    def reserve(self, tokens: int) -> None:
-        """Set tokens aside for one request; wait for requests under way if they may turn out cheaper than feared.
-
-        Raises: TeacherFailed when the cap does not carry them.
-        """
-        with self._lock:
-            self._lock.wait_for(lambda: self._reserved == 0 or self._paid + self._reserved + tokens <= self._most)
-            if self._paid + self._reserved + tokens > self._most:
-                cost = f"the next request may cost {tokens} tokens and {self._paid} are paid"
-                raise TeacherFailed(f"{cost}: more than max_total_tokens = {self._most}; raise it to go on")
-            self._reserved += tokens
-
-    def settle(self, reserved: int, paid: int) -> None:
-        """Turn a reservation into what the request has really cost."""
-        with self._lock:
-            self._reserved -= reserved
-            self._paid += paid
-            self._lock.notify_all()
-
-    def write(self, key: str, outcome: Outcome) -> None:
-        """Keep one outcome, on disk first."""
-        with self._lock:
-            if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as handle:
-                    handle.write(json.dumps({"key": key, **asdict(outcome)}) + "\n")
-                    handle.flush()
-                    os.fsync(handle.fileno())
-            self.outcomes[key] = outcome
-
-    def _load(self, path: Path) -> None:
-        """Read the file; a last line that a crash has torn is cut off."""
-        whole, newline, torn = path.read_bytes().rpartition(b"\n")
-        lines = whole.splitlines() if torn[:6] in b'{"key"' else [*whole.splitlines(), torn]
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                key = str(row.pop("key"))
-                self.outcomes[key] = Outcome(**row)
-            except (ValueError, TypeError, AttributeError, KeyError):
-                raise RunInvalid(f"{path} line {number} is no cached answer; move the file away") from None
-        if torn:
-            os.truncate(path, len(whole) + len(newline))

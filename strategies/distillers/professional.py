@@ -53,6 +53,7 @@ class ProfessionalDistiller:
 
     def __call__(self, drafts: Sequence[Draft], rng: np.random.Generator) -> Sequence[Lesson]:
         """Return a lesson for every draft with a usable answer, in order."""
+        drafts = [draft for draft in drafts if not text.markup(draft.instruction)]
         if not drafts:
             return ()
         model, section = self.professional, self.section
@@ -81,4 +82,4 @@ class ProfessionalDistiller:
         answer = raw.strip()
         finished = text.ends_sentence(answer) or len(answer.split()) * TOKENS_PER_WORD < self.section.max_new_tokens
         answer = answer if finished else text.cut_at_last_sentence(answer)
-        return "" if text.holds_link(answer) or text.holds_template_mark(answer) else answer
+        return "" if text.markup(answer) else answer

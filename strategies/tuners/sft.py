@@ -1,7 +1,8 @@
 """Supervised fine-tuning of the target adapter on lessons, with the loss on the answer alone.
 
 A step takes `batch_size` lessons; its micro-batches run side by side on the lab's threads and their gradients are
-summed in a fixed order, so the result does not depend on the number of threads.
+summed in a fixed order, so the result does not depend on the number of threads. A step whose gradient is not finite
+is left out and counted; too many of them, and the round has no target.
 
 The next round's sites start from the target. A target that learned answers alone writes answers where letters are
 asked, so with `rehearse` it also keeps writing instructions after their public control codes: both are synthetic text.
@@ -12,10 +13,12 @@ result depends on global random state and on the number of workers (DECISIONS.md
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fl_app import lora, models, sequences
@@ -26,12 +29,15 @@ from fl_app.sequences import FrozenPrefix
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-
     from fl_app.sequences import MicroBatch, TokenSequence
     from fl_app.types import Adapter, Lesson
     from strategies.lab import Lab
     from strategies.stages import Tuner
+
+SKIPPABLE = 0.1
+"""Share of steps that may be left out: a rare lesson that overflows, not a model that is broken (assumption)."""
+
+_log = logging.getLogger(__name__)
 
 
 class Sft(Section):
@@ -66,7 +72,7 @@ class SupervisedTuning:
     def __call__(self, adapter: Adapter, lessons: Sequence[Lesson], rng: np.random.Generator) -> Adapter:
         """Return the tuned adapter; without lessons, the same one.
 
-        Raises: RoundFailed when the loss is not finite: the last good target then stays.
+        Raises: RoundFailed when too many gradients, or the result, are not finite: the last good target then stays.
         """
         tokenizer = self.lab.local.tokenizer
         system = self.lab.system
@@ -100,6 +106,7 @@ class SupervisedTuning:
         per_epoch = math.ceil(len(examples) / self.section.batch_size)
         total = per_epoch * self.section.epochs
         order: list[int] = []
+        skipped = 0
         for step in range(total):
             if step % per_epoch == 0:
                 order = [int(i) for i in rng.permutation(len(examples))]
@@ -110,12 +117,25 @@ class SupervisedTuning:
                 weight.grad = gradient / len(chosen)
             norm = torch.nn.utils.clip_grad_norm_(weights, self.section.max_grad_norm)
             if not torch.isfinite(norm):
-                raise RoundFailed(f"tuner: gradient norm {float(norm)} at step {step} of {total}; lower learning_rate")
+                skipped += 1
+                self._check_skipped(skipped, float(norm), step, total)
+                continue
             for group in optimizer.param_groups:
                 group["lr"] = self.section.learning_rate * self._schedule(step, total)
             optimizer.step()
             self.lab.progress(step + 1, total)
-        return lora.read(model, alpha=adapter.alpha, base=adapter.base)
+        tuned = lora.read(model, alpha=adapter.alpha, base=adapter.base)
+        if not all(np.isfinite(f.a).all() and np.isfinite(f.b).all() for f in tuned.layers.values()):
+            raise RoundFailed(f"tuner: weights are not finite after {total} steps; lower learning_rate")
+        return tuned
+
+    @staticmethod
+    def _check_skipped(skipped: int, norm: float, step: int, total: int) -> None:
+        """Count a step left out. Raises: RoundFailed when they are more than `SKIPPABLE` of all."""
+        told = f"tuner: gradient norm {norm} at step {step + 1} of {total}"
+        if skipped > SKIPPABLE * total:
+            raise RoundFailed(f"{told}, {skipped} steps without a usable gradient; lower learning_rate")
+        _log.warning("%s: the step is left out, %d so far", told, skipped)
 
     def _frozen(self, model: Any, adapter: Adapter, examples: Sequence[TokenSequence]) -> FrozenPrefix | None:
         """Return the states below the first adapted block, computed once, when that pays and can be done."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fl_app import journal, lora
+from fl_app import disk, journal
 from fl_app.errors import RunInvalid
 from simulations import launch
 from simulations.local_grid import LocalGrid
@@ -149,23 +149,16 @@ def _killed_at_commit(patch: pytest.MonkeyPatch, number: int, phase: str, point:
 
 def _killed_inside_a_write(patch: pytest.MonkeyPatch, ending: str) -> None:
     """Die with half of a file written beside its place; `ending` is how the path of the file ends."""
-    text, replace = journal.write_text, lora._replace
+    replace = disk.replace
 
-    def torn_text(path: Path, content: str) -> None:
+    def torn(path: Path, content: bytes) -> None:
         if str(path).endswith(ending):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.torn").write_text(content[: len(content) // 2])
-            _die()
-        text(path, content)
-
-    def torn_bytes(path: Path, content: bytes) -> None:
-        if str(path).endswith(ending):
             path.with_name(f".{path.name}.torn").write_bytes(content[: len(content) // 2])
             _die()
         replace(path, content)
 
-    patch.setattr(journal, "write_text", torn_text)
-    patch.setattr(lora, "_replace", torn_bytes)
+    patch.setattr(disk, "replace", torn)
 
 
 def _killed_between_prompts(patch: pytest.MonkeyPatch) -> None:
@@ -248,14 +241,14 @@ def _arrange(patch: pytest.MonkeyPatch, run: str, phase: str, point: str) -> Non
 
 def _killed_at_target_of_round(patch: pytest.MonkeyPatch, ending: str) -> None:
     """The newest target is written in every round; die in this one, with the record written and the target torn."""
-    text = journal.write_text
+    replace = disk.replace
 
-    def watched(path: Path, content: str) -> None:
-        text(path, content)
+    def watched(path: Path, content: bytes) -> None:
+        replace(path, content)
         if str(path).endswith(f"rounds/{ROUND}/record.json"):
             _killed_inside_a_write(patch, ending)
 
-    patch.setattr(journal, "write_text", watched)
+    patch.setattr(disk, "replace", watched)
 
 
 def _in_a_fork(work: Callable[[], object]) -> int:
