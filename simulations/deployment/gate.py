@@ -49,7 +49,8 @@ class Gate:
     """The ASGI application. `superlink` is `host:port` on loopback, `trust` the CA of its certificate."""
 
     def __init__(self, superlink: str, trust: str) -> None:
-X
+        verify = ssl.create_default_context(cafile=trust)
+        self._client = httpx.AsyncClient(base_url=f"https://{superlink}", verify=verify, timeout=120, trust_env=False)
         self._open = {f"/v1/fleet/{call}" for call in CALLS}
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -113,8 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ssl-keyfile", required=True)
     words = parser.parse_args(argv)
     host, _, port = words.listen.rpartition(":")
+    gate: Any = Gate(words.superlink, words.root_certificates)  # uvicorn types its ASGI more narrowly than ASGI does
     uvicorn.run(
-        Gate(words.superlink, words.root_certificates),
+        gate,
         host=host,
         port=int(port),
         ssl_certfile=words.ssl_certfile,
