@@ -21,10 +21,10 @@ from simulations import processes
 from strategies.config import read_server
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 COMPLETED = "finished:completed"
-_POLL_S = 1.0
+ASK_S, _POLL_S = 15.0, 0.5
 
 
 def check_run(config: Path, overrides: str = "") -> None:
@@ -107,12 +107,20 @@ class Operator:
         runs = found.get("runs", [])
         return str(runs[0]["status"]) if runs else ""
 
-    def wait(self, run_id: int, *, timeout_s: float) -> None:
-        """Wait for the end of a run. Raises: RoundFailed unless it completed, with the end of its log."""
+    def wait(self, run_id: int, *, timeout_s: float, hint: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the end of a run; `hint` is a cheap sign that it is near.
+
+        Flower's command line costs seconds of a core, so it is asked every `ASK_S`, and at once when the hint is true.
+
+        Raises: RoundFailed unless the run completed, with the end of its log.
+        """
         deadline = time.monotonic() + timeout_s
         while not (status := self.status(run_id)).startswith("finished"):
             if time.monotonic() > deadline:
                 raise RoundFailed(f"run {run_id} is {status!r} after {timeout_s:g} s; `flwr stop` ends it")
+            asked = time.monotonic()
+            while time.monotonic() - asked < ASK_S and not hint():
+                time.sleep(_POLL_S)
             time.sleep(_POLL_S)
         if status != COMPLETED:
             raise RoundFailed(f"run {run_id} ended as {status}:\n{self.log(run_id)[-2000:]}")

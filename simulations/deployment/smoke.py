@@ -88,7 +88,8 @@ def smoke(folder: Path, *, record: bool = False) -> dict[str, Any]:
         fab_hash = deployment.sign(ROOT)
         run_id = deployment.operator.submit(ROOT, run_config(deployed))
         watch.lap("submit")
-        deployment.operator.wait(run_id, timeout_s=RUN_S)
+        done = deployed.directory / "summary.json"
+        deployment.operator.wait(run_id, timeout_s=RUN_S, hint=done.is_file)
         watch.lap("run")
         found = launch.read_summary(deployed.directory)
         ledgers = check_ledgers(deployed)

@@ -20,21 +20,26 @@ from simulations.deployment import guard, preflight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import FrameType
 
     from simulations.deployment.guard import Command
 
+_KEY = "key never registered or withdrawn, clock off, or another SuperExec secret"
 SAID: Mapping[str, str] = {
     r"code: 2004|Failed to activate SuperNode": (
-        "the server does not take this key: it was never registered, or was unregistered, or another node is online "
+        "the server does not take this key: it was never registered, or was withdrawn, or another node is online "
         "with it (after a crash the same node has to wait 60 s); the operator sees it in `flwr supernode ls`"
     ),
-    r"401 Unauthorized|Invalid SuperNode authentication|SuperExec auth": (
-        "the server does not accept our authentication: key unregistered, clock off, or another SuperExec secret"
-    ),
+    r"401 Unauthorized|Invalid SuperNode authentication": f"the server does not accept our authentication: {_KEY}",
     r"certificate verify failed|SSL/TLS handshake error": "the server's certificate was not accepted",
     r"Heartbeat failed unexpectedly": "the server does not know this node any more; the operator registers it again",
+    # what Flower says when it ends itself because a call was answered 401; it then exits with 0
+    r"terminated gracefully": f"the server does not accept our authentication any more: {_KEY}",
 }
-"""What a program says before it ends -> what it means."""
+"""What a program says before it ends unasked -> what it means."""
+
+UNASKED = 3
+"""The exit code of a program that ended with 0 although nobody had asked it to."""
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -44,8 +49,10 @@ def prepare(words: Sequence[str], environment: Mapping[str, str]) -> Command:
 
     Raises: DeploymentUnsafe, naming the setting, file or check that failed.
     """
+    values = guard.read_command(words).values
+    if "--insecure" in values and "--superlink" in values:
+        preflight.check_plain(preflight.read_address(values["--superlink"]))
     command = guard.refuse_unsafe(words, environment)
-    values = command.values
     if command.program == "flower-superlink":
         preflight.check_certificate(Path(values["--ssl-certfile"]), Path(values["--ssl-keyfile"]))
     if command.program == "flower-supernode":
@@ -65,12 +72,23 @@ def rows_of(node_config: str) -> Path:
 
 
 def run(words: Sequence[str]) -> int:
-    """Start a program that `prepare` has passed, and return its exit code when it ends. Output is passed through."""
+    """Start a program that `prepare` has passed, and return its exit code when it ends. Output is passed through.
+
+    Guarantee: 0 only when it was asked to end. A SuperNode whose key is withdrawn says that it "terminated gracefully"
+    and exits with 0 (flwr 1.41), which no supervisor would restart and no operator notice.
+    """
     environment = {**os.environ, **processes.ENVIRONMENT}
+    environment.pop("PYTHONPATH", None)  # else our checkout would shadow the bundle
     command = [processes.tool(words[0]), *words[1:]]
+    asked: list[int] = []
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            asked.append(number)
+            child.send_signal(number)
+
         for number in _PASSED_ON:
-            signal.signal(number, lambda caught, _frame: child.send_signal(caught))
+            signal.signal(number, pass_on)
         assert child.stdout is not None
         meaning = ""
         for line in child.stdout:
@@ -78,9 +96,10 @@ def run(words: Sequence[str]) -> int:
             sys.stdout.buffer.flush()
             meaning = explain(line.decode("utf-8", "replace")) or meaning
         code = child.wait()
-    if code and meaning:
-        sys.stderr.write(f"stillroom: {meaning}\n")
-    return code if code >= 0 else 128 - code
+    if asked:
+        return 0 if code >= 0 else 128 - code
+    sys.stderr.write(f"stillroom: {words[0]} ended by itself (exit {code}): {meaning or 'see above'}\n")
+    return (code or UNASKED) if code >= 0 else 128 - code
 
 
 def explain(line: str) -> str:
