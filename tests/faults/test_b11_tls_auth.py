@@ -22,6 +22,7 @@ import pytest
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.supercore.constant import TASK_TOKEN_HEADER
 
 from fl_app.errors import RoundFailed
 from fl_app.origin import ROOT
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
     from simulations.deployment.loopback import Node
 
-pytestmark = [pytest.mark.slow, pytest.mark.bar("B11")]
+pytestmark = pytest.mark.slow
+CASE = pytest.mark.bar("B11")
 
 LIMIT_S = 15.0
 POLICY = {
@@ -212,6 +214,7 @@ def test_an_honest_node_is_let_in(deployment: Loopback, honest: Node) -> None:
     assert deployment.operator.nodes() == {honest.identity: "online"}
 
 
+@CASE
 def test_1_a_node_in_plain_text(stranger: Node, honest: Node) -> None:
     words = [*swap(stranger.command, root_certificates=None), "--insecure"]
     refused(start(words), "this SuperLink speaks TLS")
@@ -222,11 +225,13 @@ def test_1_flower_itself_does_not_serve_plain_text(deployment: Loopback, honest:
         httpx.post(f"http://127.0.0.1:{deployment.gate_port}/v1/fleet/activate-node", timeout=5)
 
 
+@CASE
 def test_2_a_server_of_another_ca(deployment: Loopback, stranger: Node, honest: Node, tmp_path: Path) -> None:
     other = keys.make_authority(tmp_path / "other")
     refused(start(swap(stranger.command, root_certificates=str(other.certificate))), "wrong CA")
 
 
+@CASE
 def test_3_a_node_without_a_key(deployment: Loopback, stranger: Node, honest: Node) -> None:
     refused(start(swap(stranger.command, auth_supernode_private_key=None)), "--auth-supernode-private-key")
 
@@ -244,12 +249,14 @@ def test_3_flower_itself_registers_no_node_that_registers_itself(
     assert list(deployment.operator.nodes()) == [honest.identity]
 
 
+@CASE
 def test_4_a_key_that_was_never_registered(deployment: Loopback, stranger: Node, honest: Node) -> None:
     refused(start(stranger.command), "the server does not take this key: it was never registered")
     assert '"POST /v1/fleet/activate-node HTTP/1.1" 4' in link_log(deployment)
     assert list(deployment.operator.nodes()) == [honest.identity]
 
 
+@CASE
 def test_5_a_key_that_was_withdrawn(deployment: Loopback, stranger: Node, honest: Node) -> None:
     node = deployment.operator.register(stranger.key.with_name(stranger.key.name + ".pub"))
     process = _command(stranger.command)
@@ -262,6 +269,7 @@ def test_5_a_key_that_was_withdrawn(deployment: Loopback, stranger: Node, honest
     refused(start(stranger.command), "the server does not take this key")
 
 
+@CASE
 def test_6_an_expired_certificate(deployment: Loopback, stranger: Node, honest: Node, tmp_path: Path) -> None:
     past = dt.datetime.now(dt.UTC) - dt.timedelta(days=3)
     files = keys.issue(deployment.authority, tmp_path, names=("127.0.0.1",), days=1, not_before=past)
@@ -269,17 +277,20 @@ def test_6_an_expired_certificate(deployment: Loopback, stranger: Node, honest: 
     refused(start(swap(stranger.command, superlink=f"127.0.0.1:{port}")), "expired certificate")
 
 
+@CASE
 def test_7_a_certificate_for_another_name(deployment: Loopback, stranger: Node, honest: Node, tmp_path: Path) -> None:
     files = keys.issue(deployment.authority, tmp_path, names=("elsewhere.example", "10.1.2.3"))
     port = gate_with(deployment, "elsewhere", files)
     refused(start(swap(stranger.command, superlink=f"127.0.0.1:{port}")), "wrong name")
 
 
+@CASE
 def test_8_one_key_twice(deployment: Loopback, stranger: Node, honest: Node) -> None:
     twin = swap(stranger.command, auth_supernode_private_key=str(honest.key))
     refused(start(twin), "another node is online with it")
 
 
+@CASE
 def test_9_a_replayed_header(deployment: Loopback, honest: Node) -> None:
     """A header seen on the wire is good for 305 s (Flower's tolerance), for this node alone, and then no more."""
     assert _replayed(deployment, honest, age_s=0.0) == httpx.codes.OK
@@ -290,6 +301,7 @@ def test_9_a_replayed_header(deployment: Loopback, honest: Node) -> None:
     assert '"POST /v1/fleet/send-node-heartbeat HTTP/1.1" 401' in link_log(deployment)
 
 
+@CASE
 def test_10_a_bundle_that_nobody_signed(deployment: Loopback, honest: Node, tmp_path: Path) -> None:
     """The node answers that the bundle is invalid (code 7) and runs nothing; signed, the same bundle runs."""
     unsigned, signed = _app(tmp_path / "unsigned", "0.1.0"), _app(tmp_path / "signed", "0.2.0")
@@ -308,17 +320,19 @@ def test_10_a_bundle_that_nobody_signed(deployment: Loopback, honest: Node, tmp_
     assert "FAB verification failed" in said
 
 
+@CASE
 def test_11_a_task_process_without_the_secret(deployment: Loopback, honest: Node, tmp_path: Path) -> None:
     other = keys.make_secret(tmp_path / "other.secret")
     words = swap(deployment.link_executor(), superexec_auth_secret_file=str(other))
     refused(start(words), "another SuperExec secret")
-    for path, token in (("acquire-task", ""), ("pull-task-input", "0" * 64), ("pull-app-messages", "0" * 64)):
-        headers = {"flwr-task-token": token, "authorization": f"Bearer {token}"} if token else {}
-        reply = _post(deployment.link_port, deployment, f"/v1/runtime/{path}", b"", headers)
-        assert reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN), path
+    assert runtime(deployment, "acquire-task", {}) == httpx.codes.UNAUTHORIZED
+    for path in ("pull-task-input", "pull-messages", "push-messages", "push-task-output"):
+        assert runtime(deployment, path, {}) == httpx.codes.UNAUTHORIZED
+        assert runtime(deployment, path, {TASK_TOKEN_HEADER: "0" * 64}) == httpx.codes.UNAUTHORIZED
     assert '"POST /v1/runtime/acquire-task HTTP/1.1" 401' in link_log(deployment)
 
 
+@CASE
 def test_12_an_insecure_setting_in_production(deployment: Loopback, honest: Node) -> None:
     refused(start([*deployment.link_command(), "--insecure"]), "--insecure: messages would travel in plain text")
     refused(start(swap(deployment.link_command(), host="0.0.0.0")), "publish through the gate")  # noqa: S104 - refused
@@ -339,6 +353,11 @@ def test_the_gate_publishes_nothing_else(deployment: Loopback, honest: Node, pat
 def test_the_gate_takes_no_giant(deployment: Loopback, honest: Node) -> None:
     reply = _post(deployment.gate_port, deployment, "/v1/fleet/push-object", b"0" * (16 * 2**20 + 1), {})
     assert reply.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE
+
+
+def runtime(deployment: Loopback, path: str, headers: dict[str, str]) -> int:
+    """Call the task processes' side of the SuperLink, on loopback, and return the status."""
+    return _post(deployment.link_port, deployment, f"/v1/runtime/{path}", b"", headers).status_code
 
 
 def _post(port: int, deployment: Loopback, path: str, body: bytes, headers: dict[str, str]) -> httpx.Response:
