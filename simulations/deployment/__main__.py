@@ -17,7 +17,7 @@ from pathlib import Path
 from fl_app.errors import StillroomError
 from fl_app.origin import ROOT
 from simulations import processes
-from simulations.deployment import bundle, keys, runs, supervise
+from simulations.deployment import bundle, keys, preflight, runs, supervise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--name", action="append", default=[], help="server: a host name or IP address that nodes dial")
     make.add_argument("--days", type=int, default=365)
     verbs.add_parser("start", help="check a process, then run it: start -- flower-superlink ...")
-    check = verbs.add_parser("check", help="check a run's configuration and a process, and start nothing")
+    check = verbs.add_parser("check", help="check a run, a site or a process; start nothing")
     check.add_argument("--config", type=Path)
     check.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
+    check.add_argument("--site", type=Path, help="a site directory")
     digest = verbs.add_parser("digest", help="print the SHA-256 of the bundle of this checkout")
     digest.add_argument("--root", type=Path, default=ROOT)
     sign = verbs.add_parser("sign", help="sign a bundle by its SHA-256; prints the signature")
@@ -71,6 +72,8 @@ def _act(asked: argparse.Namespace, command: list[str]) -> int:
     elif asked.verb == "check":
         if asked.config:
             runs.check_run(asked.config, "\n".join(asked.override))
+        if asked.site:
+            preflight.check_site(asked.site)
         if command:
             supervise.prepare(command, {**os.environ, **_defaults()})
         _say("fit for production")

@@ -140,8 +140,7 @@ def check_certificate(certificate: Path, key: Path) -> None:
 
 def check_site(directory: Path) -> None:
     """Raise `DeploymentUnsafe` unless a site directory is fit for production; what the rows say is not looked at."""
-    policy = read_policy(directory)
-    if policy.limits.simulation:
+    if read_policy(directory).limits.simulation:
         raise DeploymentUnsafe(
             f"{directory}/site.toml: limits.simulation is true, so seeded noise would be taken; set it to false"
         )
