@@ -70,13 +70,7 @@ def _act(asked: argparse.Namespace, command: list[str]) -> int:
         supervise.prepare(command, {**os.environ, **_defaults()})
         return supervise.run(command)
     elif asked.verb == "check":
-        if asked.config:
-            runs.check_run(asked.config, "\n".join(asked.override))
-        if asked.site:
-            preflight.check_site(asked.site)
-        if command:
-            supervise.prepare(command, {**os.environ, **_defaults()})
-        _say("fit for production")
+        _check(asked, command)
     elif asked.verb == "digest":
         _say(bundle.digest(bundle.build(asked.root)))
     elif asked.verb == "sign":
@@ -85,14 +79,28 @@ def _act(asked: argparse.Namespace, command: list[str]) -> int:
         for path in asked.signature:
             bundle.attach(asked.database, bundle.from_json(path.read_text(encoding="utf-8")))
     else:
-        runs.check_run(ROOT / asked.config, "\n".join(asked.override))
-        config = {"config": asked.config, "overrides": "\n".join(asked.override), "run": asked.run}
-        flower = runs.Operator(connection=asked.connection, home=Path(os.environ.get("FLWR_HOME", "~/.flwr")))
-        run_id = flower.submit(ROOT, config)
-        _say(f"run {run_id}")
-        flower.wait(run_id, timeout_s=asked.timeout)
-        _say(f"run {run_id} completed")
+        _submit(asked)
     return 0
+
+
+def _check(asked: argparse.Namespace, command: list[str]) -> None:
+    if asked.config:
+        runs.check_run(asked.config, "\n".join(asked.override))
+    if asked.site:
+        preflight.check_site(asked.site)
+    if command:
+        supervise.prepare(command, {**os.environ, **_defaults()})
+    _say("fit for production")
+
+
+def _submit(asked: argparse.Namespace) -> None:
+    overrides = "\n".join(asked.override)
+    runs.check_run(ROOT / asked.config, overrides)
+    flower = runs.Operator(connection=asked.connection, home=Path(os.environ.get("FLWR_HOME", "~/.flwr")))
+    run_id = flower.submit(ROOT, {"config": asked.config, "overrides": overrides, "run": asked.run})
+    _say(f"run {run_id}")
+    flower.wait(run_id, timeout_s=asked.timeout)
+    _say(f"run {run_id} completed")
 
 
 def _make(asked: argparse.Namespace) -> None:

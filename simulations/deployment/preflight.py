@@ -70,7 +70,7 @@ class Address:
 def read_address(text: str) -> Address:
     """Return host and port. Raises: DeploymentUnsafe."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
         raise DeploymentUnsafe(f"{text!r} is no address; write host:port, without https://")
     return Address(host=host.strip("[]"), port=int(port))
 

@@ -38,9 +38,8 @@ def check_run(config: Path, overrides: str = "") -> None:
             f"{config}: run.mode is {shared(tree).run.mode!r}: its noise can be computed by whoever reads the seed; "
             "say 'production'"
         )
-    asked = read_client(tree)
     read_server(tree)
-    if not getattr(asked.learner, "private", True):
+    if not read_client(tree).learner.build().private:
         raise DeploymentUnsafe(f"{config}: client.learner trains without noise; choose a private learner")
 
 
