@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clients.config import read_client
 from fl_app.config import read_tree, shared
 from fl_app.errors import DeploymentUnsafe, RoundFailed
+from fl_app.journal import STAMP
 from simulations import processes
 from strategies.config import read_server
 
@@ -38,7 +39,12 @@ def check_run(config: Path, overrides: str = "") -> None:
             f"{config}: run.mode is {shared(tree).run.mode!r}: its noise can be computed by whoever reads the seed; "
             "say 'production'"
         )
-    read_server(tree)
+    server = read_server(tree)
+    places = {"lora.start": shared(tree).lora.start, "server.professional.adapter": server.professional.adapter}
+    for setting, place in places.items():
+        card = Path(place) / "README.md"
+        if place and card.is_file() and STAMP in card.read_text(encoding="utf-8"):
+            raise DeploymentUnsafe(f"{config}: {setting}: {place} was made by a simulation; its noise protects nobody")
     if not read_client(tree).learner.build().private:
         raise DeploymentUnsafe(f"{config}: client.learner trains without noise; choose a private learner")
 
