@@ -3,7 +3,8 @@
 keys     make keys and certificates: authority, server, node, signing, secret
 start    check a process and all its settings, then run it:    start -- flower-supernode --superlink ...
 check    the same checks, and those of a run's configuration; start nothing
-digest   print a bundle's SHA-256;   sign   sign it;   attach   hand signatures to a SuperLink
+digest   print a bundle's SHA-256;   sign   sign it
+trust    write the list of keys whose signatures a site accepts;   attach   hand signatures to a SuperLink
 submit   start a run, wait for its end, exit 1 unless it completed
 """
 
@@ -51,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     sign = verbs.add_parser("sign", help="sign a bundle by its SHA-256; prints the signature")
     sign.add_argument("sha256")
     sign.add_argument("--key", type=Path, required=True)
+    trust = verbs.add_parser("trust", help="write the list of keys whose signatures a site accepts")
+    trust.add_argument("public", type=Path, nargs="+", help="public signing keys (.pub)")
+    trust.add_argument("--out", type=Path, required=True)
     attach = verbs.add_parser("attach", help="hand signatures to a SuperLink")
     attach.add_argument("--database", type=Path, required=True)
     attach.add_argument("signature", type=Path, nargs="+", help="files with one signature each")
@@ -67,14 +71,17 @@ def _act(asked: argparse.Namespace, command: list[str]) -> int:
     if asked.verb == "keys":
         _make(asked)
     elif asked.verb == "start":
-        supervise.prepare(command, {**os.environ, **_defaults()})
-        return supervise.run(command)
+        environment = {**processes.ENVIRONMENT, **os.environ}
+        supervise.prepare(command, environment)
+        return supervise.run(command, environment)
     elif asked.verb == "check":
         _check(asked, command)
     elif asked.verb == "digest":
         _say(bundle.digest(bundle.build(asked.root)))
     elif asked.verb == "sign":
         _say(bundle.sign(asked.sha256, asked.key).model_dump_json())
+    elif asked.verb == "trust":
+        bundle.trust_file(asked.out, *asked.public)
     elif asked.verb == "attach":
         for path in asked.signature:
             bundle.attach(asked.database, bundle.from_json(path.read_text(encoding="utf-8")))
@@ -89,7 +96,7 @@ def _check(asked: argparse.Namespace, command: list[str]) -> None:
     if asked.site:
         preflight.check_site(asked.site)
     if command:
-        supervise.prepare(command, {**os.environ, **_defaults()})
+        supervise.prepare(command, {**processes.ENVIRONMENT, **os.environ})
     _say("fit for production")
 
 
@@ -114,11 +121,6 @@ def _make(asked: argparse.Namespace) -> None:
     else:
         {"node": keys.make_node_key, "signing": keys.make_signing_key, "secret": keys.make_secret}[asked.what](place)
     _say(str(place))
-
-
-def _defaults() -> dict[str, str]:
-    """Return what our own start gives a process, save where the operator's environment says the opposite."""
-    return {name: value for name, value in processes.ENVIRONMENT.items() if name not in os.environ}
 
 
 def _say(line: str) -> None:

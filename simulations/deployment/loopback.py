@@ -80,10 +80,19 @@ class Loopback:
         """Start the SuperLink, its SuperExec and the gate. Raises: RoundFailed when one does not come up."""
         self.start_link()
         self.spawn("superexec", self.link_executor(), **FAST)
-        files = ["--ssl-certfile", str(self.server.certificate), "--ssl-keyfile", str(self.server.key)]
-        gate = ["python", "-m", "simulations.deployment.gate", "--listen", f"127.0.0.1:{self.gate_port}"]
-        gate += ["--superlink", f"127.0.0.1:{self.link_port}", "--root-certificates", str(self.authority.certificate)]
-        self.spawn("gate", [*gate, *files], PYTHONPATH=str(ROOT))
+        self.start_gate()
+
+    def start_gate(self) -> None:
+        """Start the gate before the SuperLink, for the first time or again."""
+        command = ["python", "-m", "simulations.deployment.gate", "--listen", f"127.0.0.1:{self.gate_port}"]
+        command += [
+            "--superlink",
+            f"127.0.0.1:{self.link_port}",
+            "--root-certificates",
+            str(self.authority.certificate),
+        ]
+        command += ["--ssl-certfile", str(self.server.certificate), "--ssl-keyfile", str(self.server.key)]
+        self.spawn("gate", command, PYTHONPATH=str(ROOT))
         self.await_port("gate", self.gate_port)
 
     def start_link(self) -> None:

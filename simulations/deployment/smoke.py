@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -147,6 +148,7 @@ def _figures(
         "same_as_in_process": True,
         "fab_sha256": fab_hash,
         "status": "completed",
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 

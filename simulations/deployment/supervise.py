@@ -73,26 +73,30 @@ def rows_of(node_config: str) -> Path:
     return Path(found.group(2))
 
 
-def run(words: Sequence[str]) -> int:
+def run(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Start a program that `prepare` has passed, and return its exit code when it ends. Output is passed through.
 
     Guarantee: 0 only when it was asked to end. A SuperNode whose key is withdrawn says that it "terminated gracefully"
     and exits with 0 (flwr 1.41), which no supervisor would restart and no operator notice.
     """
-    environment = {**os.environ, **processes.ENVIRONMENT}
-    environment.pop("PYTHONPATH", None)  # else our checkout would shadow the bundle
     command = [processes.tool(words[0]), *words[1:]]
+    given = {name: value for name, value in environment.items() if name != "PYTHONPATH"}  # the bundle, not our checkout
     asked: list[int] = []
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+    started: list[subprocess.Popen[bytes]] = []
 
-        def pass_on(number: int, _frame: FrameType | None) -> None:
-            asked.append(number)
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for child in started:
             child.send_signal(number)
 
-        for number in _PASSED_ON:
-            signal.signal(number, pass_on)
+    for number in _PASSED_ON:
+        signal.signal(number, pass_on)
+    meaning = ""
+    with subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        started.append(child)
+        if asked:  # between the first line of this function and here
+            child.terminate()
         assert child.stdout is not None
-        meaning = ""
         for line in child.stdout:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()

@@ -6,12 +6,14 @@ question asked of the seeded source gives the opposite answer.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,6 +112,12 @@ def seed_everything(value: int) -> None:
     torch.manual_seed(value)
 
 
+def counting() -> SimpleNamespace:
+    """Return what the noise may take for the operating system: its randomness is a counter."""
+    drawn = itertools.count()
+    return SimpleNamespace(urandom=lambda size: next(drawn).to_bytes(size, "big"))
+
+
 # --- whole runs
 
 
@@ -164,9 +172,8 @@ def test_the_seed_of_a_configuration_reaches_no_byte_of_production(
     fresh = sites("production")
 
     def counted(seed: int) -> str:
-        drawn = iter(range(1_000_000))
         with monkeypatch.context() as patch:
-            patch.setattr(noise.os, "urandom", lambda size: next(drawn).to_bytes(size, "big"))
+            patch.setattr(noise, "os", counting())
             return released(fresh(), start, mode="production", seed=seed)
 
     assert counted(3) == counted(2**62) == counted(3)
@@ -183,9 +190,8 @@ def test_global_seeds_move_nothing(mode: str, sites: Any, start: Adapter, monkey
     fresh = sites(mode)
     found = []
     for value in (1, 2):
-        drawn = iter(range(1_000_000))
         with monkeypatch.context() as patch:
-            patch.setattr(noise.os, "urandom", lambda size, drawn=drawn: next(drawn).to_bytes(size, "big"))
+            patch.setattr(noise, "os", counting())
             seed_everything(value)
             found.append(released(fresh(), start, mode=mode))
     assert found[0] == found[1]

@@ -92,7 +92,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def played(workplace: Path) -> Iterator[Played]:
-    """A run whose SuperLink is killed while the sites train, and started again on its database."""
+    """A run whose SuperLink and gate are killed while the sites train, and started again."""
     mark = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, mark)
@@ -107,16 +107,18 @@ def played(workplace: Path) -> Iterator[Played]:
             made = Played(deployment=deployment, prepared=prepared, expected=expected, mark=mark)
             run_id = deployment.operator.submit(ROOT, smoke.run_config(prepared))
             made.await_training(prepared.directory)
-            made.kill("superlink")
+            for name in ("superlink", "gate"):
+                made.kill(name)
             time.sleep(3)
             deployment.start_link()
+            deployment.start_gate()
             done = prepared.directory / "summary.json"
             deployment.operator.wait(run_id, timeout_s=smoke.RUN_S, hint=done.is_file)
             yield made
     assert none_left(mark) == []
 
 
-def test_a_killed_superlink_costs_the_run_nothing(played: Played) -> None:
+def test_a_killed_superlink_and_gate_cost_the_run_nothing(played: Played) -> None:
     """Process isolation and a database: server's app and nodes wait for it, and the run is the one in process."""
     found = launch.read_summary(played.prepared.directory)
     assert found["lessons"] > 0

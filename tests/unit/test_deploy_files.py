@@ -86,6 +86,14 @@ def test_every_unit_passes_the_guard_but_for_files_that_are_not_here(unit: Path)
     assert [finding for finding in found if not finding.why.startswith("no file at /etc/stillroom/")] == []
 
 
+def test_every_command_of_the_page_passes_the_guard_but_for_files_that_are_not_here() -> None:
+    environment = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
+    commands = typed((ROOT / "docs" / "deployment.md").read_text(encoding="utf-8"))
+    assert [words[0] for words in commands] == ["flower-supernode", "flower-superexec"]
+    found = [finding for words in commands for finding in guard.findings(words, environment)]
+    assert [finding for finding in found if not finding.why.startswith("no file at /etc/stillroom/")] == []
+
+
 def test_the_supernode_waits_longer_than_the_server_holds_it_for_online() -> None:
     """flwr 1.41 refuses a key for 60 s after a crash: heartbeat interval times patience."""
     from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -463,7 +466,7 @@ def test_a_simulated_run_is_refused_in_production(capsys: pytest.CaptureFixture[
 def test_an_unsafe_process_exits_2_and_is_not_started(
     commands: dict[str, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervise, "run", lambda _words: pytest.fail("it was started"))
+    monkeypatch.setattr(supervise, "run", lambda *_: pytest.fail("it was started"))
     assert face.main(["start", "--", *commands["flower-superlink"], "--insecure"]) == 2
     assert "--insecure" in capsys.readouterr().err
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
@@ -483,3 +486,53 @@ def test_an_unsafe_process_exits_2_and_is_not_started(
 def test_what_flower_says_is_explained(line: str, meaning: str) -> None:
     assert meaning in supervise.explain(line)
     assert bool(meaning) == bool(supervise.explain(line))
+
+
+# --- the process itself
+
+
+def script(folder: Path, body: str) -> list[str]:
+    """Return a program that stands for one of Flower's: a few words of shell under its name."""
+    path = folder / "flower-supernode"
+    path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return [str(path)]
+
+
+def started(folder: Path, body: str) -> subprocess.Popen[str]:
+    """Start a program under `supervise.run`, in a process of its own."""
+    words = script(folder, body)
+    code = (
+        f"import os, sys\nfrom simulations.deployment import supervise\nsys.exit(supervise.run({words!r}, os.environ))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("echo '[code: 2004] Failed to activate SuperNode'; exit 1", 1, "does not take this key"),
+        ("echo 'SuperNode terminated gracefully.'; exit 0", supervise.UNASKED, "any more: key never registered"),
+        ("kill -9 $$", 137, "see above"),
+        ('test -z "$PYTHONPATH" || exit 9; exit 7', 7, "see above"),
+    ],
+)
+def test_a_program_that_ends_by_itself_is_a_failure_with_a_reason(
+    body: str, code: int, said: str, tmp_path: Path
+) -> None:
+    process = started(tmp_path, body)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert said in err.splitlines()[-1]
+    assert ("code: 2004" in body) == ("code: 2004" in out)
+
+
+def test_a_program_that_is_asked_to_end_ends_with_0(tmp_path: Path) -> None:
+    process = started(tmp_path, "trap 'echo leaving; exit 3' TERM; echo up; while :; do sleep 0.05; done")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "leaving\n", "")
