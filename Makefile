@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume test test-slow test-all audit faults bench-step ledger preflight audit-log check format setup professional \
+.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step ledger preflight audit-log check format setup professional \
   corpus export clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
@@ -25,6 +25,12 @@ test-slow: setup  ## Ray, the bundle, and the packaged real model
 	$(BIN)/python -m pytest -q -m "slow or model or data"
 
 test-all: test test-slow
+
+deploy-smoke: setup  ## a real deployment on loopback: TLS, node keys, signed bundle, three sites, two rounds (3 minutes)
+	@$(BIN)/python -m simulations.deployment.smoke --record
+
+deploy-check: setup  ## make deploy-check CONFIG=configs/deploy/hospitals.toml: may this run on real rows?
+	@$(BIN)/python -m simulations.deployment check --config $(CONFIG)
 
 audit: setup  ## is it really DP? three layers, 2,000 canaries, mistakes planted in copies of the tree (8 minutes, 2 cores)
 	$(BIN)/python benchmarks/audit.py

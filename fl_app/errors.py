@@ -4,6 +4,7 @@
     ├── ConfigInvalid        a file or an override says something we do not understand
     ├── RowsInvalid          a row of a corpus or of a site cannot be read
     ├── ModelMissing         a model reference resolves to nothing on this machine
+    ├── DeploymentUnsafe     a process, key or certificate is not fit to be started in production
     ├── OriginShadowed       another package answers to one of our names
     ├── WireViolation        a message holds a key, kind or shape that may not travel
     ├── AdapterMismatch      two adapters differ in base, layers, rank or scaling
@@ -37,6 +38,10 @@ class RowsInvalid(StillroomError):
 
 class ModelMissing(StillroomError):
     """A model reference resolves to nothing on this machine."""
+
+
+class DeploymentUnsafe(StillroomError):
+    """A process, key or certificate of a deployment is not fit to be started in production."""
 
 
 class OriginShadowed(StillroomError):

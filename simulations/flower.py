@@ -7,13 +7,9 @@ empty directory on a free port, and the run's own journal and summary say how it
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,22 +18,10 @@ from typing import TYPE_CHECKING
 
 from fl_app.errors import RoundFailed
 from fl_app.origin import ROOT
+from simulations import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""Of every process we start: no telemetry, no update check, no `uv sync` of gigabytes per run, one torch thread."""
+    from collections.abc import Mapping
 
 _START_S, _POLL_S = 60.0, 1.0
 
@@ -71,30 +55,23 @@ class FlowerRun:
             run_id = self._submit(link, log)
             self._wait(link, run_id, directory, log)
         finally:
-            _end(link.process)
+            processes.end(link.process)
             shutil.rmtree(home, ignore_errors=True)
 
     def _start(self, home: Path, log: Path) -> _Link:
         """Start a SuperLink of our own in an empty directory and wait until it listens."""
-        port = _free_port()
+        port = processes.free_port()
         empty = home / "cwd"
         empty.mkdir()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        with log.open("ab") as sink:
-            process = subprocess.Popen(
-                [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)],
-                cwd=empty,
-                env=self._environment(home),
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-            )
+        command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+        process = processes.start(command, log=log, cwd=empty, env=processes.environment(home))
         deadline = time.monotonic() + _START_S
-        while not _listens(port):
+        while not processes.listens(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                _end(process)
+                processes.end(process)
                 raise RoundFailed(f"Flower's SuperLink did not start; see {log}")
             time.sleep(0.2)
         return _Link(home=home, process=process)
@@ -104,12 +81,12 @@ class FlowerRun:
         config = link.home / "run.toml"
         lines = [f"{key} = {_quoted(value)}" for key, value in self._run_config.items()]
         config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [_tool("flwr"), "run", str(ROOT), "own", "--federation-config", self._federation]
+        command = [processes.tool("flwr"), "run", str(ROOT), "own", "--federation-config", self._federation]
         command += ["--run-config", str(config)]
         done = subprocess.run(
             command,
             cwd=link.home / "cwd",
-            env=self._environment(link.home),
+            env=processes.environment(link.home),
             capture_output=True,
             text=True,
             check=False,
@@ -145,9 +122,9 @@ class FlowerRun:
 
     def _flwr(self, link: _Link, *words: str) -> str:
         done = subprocess.run(
-            [_tool("flwr"), *words],
+            [processes.tool("flwr"), *words],
             cwd=link.home / "cwd",
-            env=self._environment(link.home),
+            env=processes.environment(link.home),
             capture_output=True,
             text=True,
             check=False,
@@ -155,67 +132,7 @@ class FlowerRun:
         )
         return done.stdout + done.stderr
 
-    def _environment(self, home: Path) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process of ours and all it started: first politely, then for good."""
-    ours = [process.pid, *_descendants(process.pid)]
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for pid in ours[1:]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def _descendants(pid: int) -> list[int]:
-    return list(_walk(pid, _children()))
-
-
-def _walk(pid: int, children: Mapping[int, list[int]]) -> Iterator[int]:
-    for child in children.get(pid, []):
-        yield child
-        yield from _walk(child, children)
-
-
-def _children() -> dict[int, list[int]]:
-    """Return the children of every process, from /proc (Linux) or nothing elsewhere."""
-    found: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            continue
-        found.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    return found
-
-
-def _tool(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else name
-
 
 def _quoted(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
