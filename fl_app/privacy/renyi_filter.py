@@ -46,6 +46,7 @@ Kamath & Steinke 2020 (arXiv 2004.00010), proposition 12, as in dp-accounting. z
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class RenyiFilter:
         return f"Renyi filter of order {self.order} (dp-accounting {importlib.metadata.version('dp-accounting')})"
 
 
+@functools.lru_cache(maxsize=8)
 def fix(*, epsilon: float, delta: float) -> RenyiFilter:
     """Return the filter of a budget. Its order depends on epsilon and delta alone.
 
