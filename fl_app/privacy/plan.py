@@ -84,7 +84,7 @@ class Plan:
             raise LedgerRefusal(
                 f"the policy says epsilon {epsilon:g} at delta {delta:g}, but this ledger's plan promised epsilon "
                 f"{self.epsilon:g} at delta {self.delta:g} before the first release; a promise may be lowered, not "
-                "raised: write those, or less, in site.toml"
+                "raised: write those, or less"
             )
 
     def check(self, receipts: Sequence[DpReceipt]) -> None:

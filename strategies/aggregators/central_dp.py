@@ -39,11 +39,13 @@ from pydantic import Field, field_validator, model_validator
 
 from fl_app import lora
 from fl_app.config import Section
-from fl_app.errors import AdapterMismatch, BudgetSpent, ConfigInvalid, RoundFailed
+from fl_app.errors import AdapterMismatch, BudgetSpent, ConfigInvalid, LedgerRefusal, RoundFailed
 from fl_app.privacy import gaussian
 from fl_app.privacy.accountants import pld
+from fl_app.privacy.book import Book
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
+from fl_app.privacy.plan import describe, one_step
 from fl_app.seeds import stream
 from fl_app.types import Adapter, AdapterRelease, ClientLevelCost, DpReceipt, Gaussian, LoraFactors, Merged
 from strategies.aggregators.mean_factors import MeanFactors
@@ -119,8 +121,10 @@ class CentralDp(Section):
                 "whole update could be published at that price"
             )
         stage = PrivateMean(section=self, setting=setting, noise=lambda entry: _noise(setting, entry))
-        past = stage.open_ledger().receipts() if stage.ledger_path.is_file() else ()
+        book = stage.open_ledger().book() if stage.ledger_path.is_file() else Book(entries=[])
+        past = book.receipts
         planned = [DpReceipt(event=self.event(setting.rounds), unit=UNIT)]
+        self._check_schedule(book)
         total = pld.epsilon([*past, *planned], self.delta)
         if not total <= self.epsilon:
             raise ConfigInvalid(
@@ -130,6 +134,20 @@ class CentralDp(Section):
                 "rounds"
             )
         return stage
+
+    def _check_schedule(self, book: Book) -> None:
+        """Raise `ConfigInvalid` when former runs of the cohort fixed another noise, or promised less."""
+        held = book.mechanism
+        if held is not None and held != one_step(DpReceipt(event=self.event(), unit=UNIT)):
+            raise ConfigInvalid(
+                f"server.aggregator.noise_multiplier = {self.noise_multiplier:g}, but the ledger of cohort "
+                f"{self.cohort!r} is fixed to {describe(held)}: a noise that is chosen after looking at earlier runs "
+                "is not certified; write that one"
+            )
+        try:
+            book.settle("fixed_schedule", epsilon=self.epsilon, delta=self.delta)
+        except LedgerRefusal as error:
+            raise ConfigInvalid(f"server.aggregator: {error}") from None
 
     def event(self, count: int = 1) -> Gaussian:
         """Return what `count` merged adapters cost."""
