@@ -70,6 +70,12 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
     return RecordDict({"broadcast": ConfigRecord(manifest), "arrays": _pack_arrays(broadcast.adapter)})
 
 
+def addressed(content: RecordDict, head: str) -> RecordDict:
+    """Return a packed broadcast for the site whose last known head is `head`; both share the arrays."""
+    manifest = dict(_manifest(content, "broadcast", BROADCAST_KEYS, allowed={"broadcast", "arrays"}))
+    return RecordDict({"broadcast": ConfigRecord({**manifest, "head": head}), "arrays": content["arrays"]})
+
+
 def unpack_broadcast(content: RecordDict) -> Broadcast:
     """Return the broadcast. Raises: WireViolation."""
     manifest = _manifest(content, "broadcast", BROADCAST_KEYS, allowed={"broadcast", "arrays"})

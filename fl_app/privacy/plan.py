@@ -34,7 +34,8 @@ looked at releases, so a history is held either by the plan or by the filter, ea
 (epsilon, 2 delta), and `Book.promise` says so.
 
 Source: ours; the argument is that of concurrent composition (Vadhan & Zhang 2022, arXiv 2207.08335) for one-step
-mechanisms. Out of scope: files and lines (`ledger`, `chain`), schedules chosen by looking (`renyi_filter`).
+mechanisms, with the dominating pairs of Zhu, Dong & Wang 2022 (arXiv 2106.08567).
+Out of scope: files and lines (`ledger`, `chain`), schedules chosen by looking (`renyi_filter`).
 """
 
 from __future__ import annotations
