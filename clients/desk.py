@@ -56,7 +56,8 @@ def _ledger(site: Site) -> int:
     found = outlook.standing(site)
     _say(found.entries)
     _say(found.summary, style="bold")
-    _say(["the chain is whole, and outbox and audit log agree with it"])
+    if found.entries:
+        _say(["the chain is whole, and outbox and audit log agree with it"])
     return 0
 
 

@@ -35,6 +35,7 @@ from fl_app.errors import (
     RowsInvalid,
     RunInvalid,
     StillroomError,
+    WireViolation,
 )
 from fl_app.hash_chain import is_digest
 from fl_app.privacy.events import no_noise
@@ -64,6 +65,7 @@ _CODES: tuple[tuple[type[StillroomError], RefusalCode], ...] = (
     (AdapterMismatch, "policy"),
     (ConfigInvalid, "policy"),
     (RunInvalid, "policy"),
+    (WireViolation, "policy"),
 )
 
 
@@ -151,9 +153,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     note = _Notes(site=site, run=broadcast.run, round_number=broadcast.round, policy_id=policy.id)
     seen = note("run_seen", object_sha256=broadcast.config_digest)
     ledger = site.ledger(policy)
-    if broadcast.head not in {"", NO_HEAD}:
-        ledger.verify(broadcast.head)
-    outbox.check_witnesses(site.outbox, ledger.entries())
+    _check_whole(site, ledger, broadcast)
     resend = _resend(site, policy, ledger, broadcast)
     if resend is not None:
         note("resent", object_sha256=outbox.sha256_of(resend.release))
@@ -207,6 +207,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     )
     note("outbox", object_sha256=sha256, ledger_seq=reservation.seq)
     committed = ledger.commit(reservation.id, sha256=sha256)
+    _check_whole(site, ledger, broadcast)  # an older copy put back while we trained: nothing leaves
     note("committed", object_sha256=sha256, ledger_seq=committed)
     upload = Upload(
         site=policy.site.name,
@@ -219,6 +220,13 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     )
     note("sent", object_sha256=sha256, ledger_seq=committed)
     return upload
+
+
+def _check_whole(site: Site, ledger: Ledger, broadcast: Broadcast) -> None:
+    """Return when the ledger holds what the server and the outbox know of it. Raises: LedgerCorrupt."""
+    if broadcast.head not in {"", NO_HEAD}:
+        ledger.verify(broadcast.head)
+    outbox.check_witnesses(site.outbox, ledger.entries())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from fl_app.privacy.accountants import pld
 from fl_app.privacy.book import Book
 from fl_app.privacy.chain import Committed, Filtered, Header, Planned, Reserved
 from fl_app.privacy.ledger import peek
-from fl_app.privacy.statement import HELD, SCHEDULE, of_receipts, rounded_up
+from fl_app.privacy.statement import HELD, SCHEDULE, of_receipts, of_site, rounded_up
 
 if TYPE_CHECKING:
     from clients.config import ClientSection, SitePolicy
@@ -122,7 +122,8 @@ def forecast(site: Site, shared: SharedConfig, asked: ClientSection, config_dige
         )
     except StillroomError as error:
         now = rounded_up(_spent(book, None, privacy.delta))
-        said = f"site {name} stands at epsilon {now} of {privacy.epsilon:g}; this run would not begin"
+        words = of_site(delta=privacy.delta, unit=privacy.unit, composition=privacy.composition).words()
+        said = f"site {name} stands at epsilon {now} of {privacy.epsilon:g} {words}; this run would not begin"
         return Forecast(words=(said,), refusals=(*refusals, str(error)))
     return Forecast(words=tuple(_cost(policy, book, renyi, cost.receipt, shared.run.rounds)), refusals=tuple(refusals))
 

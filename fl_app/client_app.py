@@ -17,6 +17,7 @@ from clients.config import read_client  # noqa: E402
 from fl_app import wire  # noqa: E402
 from fl_app.config import digest, read_tree, shared  # noqa: E402
 from fl_app.errors import PolicyRefusal  # noqa: E402
+from fl_app.types import Refusal  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,10 @@ def _settings(context: Context, broadcast: Broadcast) -> local_round.Settings:
 
 
 def _answer(message: Message, context: Context, work: Callable[..., Upload | Probe]) -> Message:
-    site, broadcast = _site(context), wire.unpack_broadcast(message.content)
+    site = _site(context)
+    broadcast = local_round.guarded(site, "", 0, lambda: wire.unpack_broadcast(message.content))
+    if isinstance(broadcast, Refusal):
+        return Message(wire.pack_reply(broadcast), reply_to=message)
     reply = local_round.guarded(
         site, broadcast.run, broadcast.round, lambda: work(site, broadcast, _settings(context, broadcast))
     )

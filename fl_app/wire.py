@@ -97,10 +97,9 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
 
 
 def addressed(content: RecordDict, head: str) -> RecordDict:
-    """Return a packed broadcast with the head of one site's ledger; the arrays are shared, not copied."""
-    manifest, arrays = content["broadcast"], content["arrays"]
-    assert isinstance(manifest, ConfigRecord)
-    return RecordDict({"broadcast": ConfigRecord({**manifest, "head": head}), "arrays": arrays})
+    """Return a packed broadcast for the site whose last known head is `head`; both share the arrays."""
+    manifest = dict(_manifest(content, "broadcast", BROADCAST_KEYS, allowed={"broadcast", "arrays"}))
+    return RecordDict({"broadcast": ConfigRecord({**manifest, "head": head}), "arrays": content["arrays"]})
 
 
 def unpack_broadcast(content: RecordDict) -> Broadcast:

@@ -1,9 +1,9 @@
 """The least noise that keeps a site within its budget: past spending plus the rounds to come.
 
-The site asks this of its own ledger and its own policy; the server's wish enters nowhere. Ask once per run, before
-the first round, and keep the answer: equal rounds merge into one event, and a schedule fixed in advance is what
-numerical composition certifies (federated-methods-and-dp.md 3.4). A site that asks again after looking at releases
-needs a Renyi filter, and gives it here: the noise is then the least with which the rounds fit both.
+The site asks this of its own ledger and its own policy; the server's wish enters nowhere. Under a fixed schedule it is
+asked once in the life of a ledger, before the first round, and the answer is kept by the ledger's plan: that is what
+numerical composition certifies (`privacy.plan`). Whoever asks again after looking at releases needs a Renyi filter, and
+gives it here: once per run, the noise is then the least with which the rounds fit both.
 
 Source: root finding on the PLD epsilon, as dp_accounting.calibrate_dp_mechanism; ours keeps the composed past
 between evaluations, searches on a grid of 1e-4 and proves the answer by recomputing what the ledger will compute.

@@ -34,7 +34,8 @@ looked at releases, so a history is held either by the plan or by the filter, ea
 (epsilon, 2 delta), and `Book.promise` says so.
 
 Source: ours; the argument is that of concurrent composition (Vadhan & Zhang 2022, arXiv 2207.08335) for one-step
-mechanisms. Out of scope: files and lines (`ledger`, `chain`), schedules chosen by looking (`renyi_filter`).
+mechanisms, with the dominating pairs of Zhu, Dong & Wang 2022 (arXiv 2106.08567).
+Out of scope: files and lines (`ledger`, `chain`), schedules chosen by looking (`renyi_filter`).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Plan:
             raise LedgerRefusal(
                 f"the policy says epsilon {epsilon:g} at delta {delta:g}, but this ledger's plan promised epsilon "
                 f"{self.epsilon:g} at delta {self.delta:g} before the first release; a promise may be lowered, not "
-                "raised: write those, or less, in site.toml"
+                "raised: write those, or less"
             )
 
     def check(self, receipts: Sequence[DpReceipt]) -> None:

@@ -30,7 +30,7 @@ guarantee of its own only for a schedule fixed in advance (a filter is no odomet
 
 | the ledger so far            | the policy says now               | what happens                                     |
 |------------------------------|-----------------------------------|--------------------------------------------------|
-| nothing, or a fixed schedule | fixed_schedule                    | PLD, as ever                                     |
+| nothing, or a fixed schedule | fixed_schedule                    | PLD, and its plan (`privacy.plan`)               |
 | nothing, or a fixed schedule | renyi_filter                      | filter fixed now; charged with all that was ever |
 | held by a filter             | renyi_filter, same or lower       | same order; the lower budget binds               |
 | held by a filter             | renyi_filter, more epsilon, delta | refused: the budget is part of the promise       |
@@ -39,6 +39,7 @@ guarantee of its own only for a schedule fixed in advance (a filter is no odomet
 The second line is sound when the change of policy did not look at releases. When it did, an event splits into the
 histories that change and those that never do; the former are events of one filter, charged from the start, the latter
 of the fixed schedule, so together they are (epsilon, 2 delta): delta, and only it, doubles, and there is no way back.
+Nobody records what looked at what, so the doubled delta is what `book.Promise` says, and a site tells its server.
 
 Source: Feldman & Zrnic 2021 (arXiv 2008.11193), the Renyi filter; Lecuyer 2021 (arXiv 2103.01379). Conversion: Canonne,
 Kamath & Steinke 2020 (arXiv 2004.00010), proposition 12, as in dp-accounting. zCDP: Bun & Steinke 2016.
@@ -46,6 +47,7 @@ Kamath & Steinke 2020 (arXiv 2004.00010), proposition 12, as in dp-accounting. z
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from dataclasses import dataclass
@@ -141,6 +143,7 @@ class RenyiFilter:
         return f"Renyi filter of order {self.order} (dp-accounting {importlib.metadata.version('dp-accounting')})"
 
 
+@functools.lru_cache(maxsize=8)
 def fix(*, epsilon: float, delta: float) -> RenyiFilter:
     """Return the filter of a budget. Its order depends on epsilon and delta alone.
 

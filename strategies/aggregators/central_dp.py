@@ -39,12 +39,14 @@ from pydantic import Field, field_validator, model_validator
 
 from fl_app import lora
 from fl_app.config import Section
-from fl_app.errors import AdapterMismatch, BudgetSpent, ConfigInvalid, RoundFailed
+from fl_app.errors import AdapterMismatch, BudgetSpent, ConfigInvalid, LedgerRefusal, RoundFailed
 from fl_app.privacy import gaussian
 from fl_app.privacy.accountants import pld
+from fl_app.privacy.book import Book
 from fl_app.privacy.chain import Committed, Reserved
 from fl_app.privacy.ledger import Ledger, Reservation
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
+from fl_app.privacy.plan import describe, one_step
 from fl_app.seeds import stream
 from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Gaussian, LoraFactors, Merged
 from strategies import products
@@ -120,8 +122,10 @@ class CentralDp(Section):
                 "whole update could be published at that price"
             )
         stage = PrivateMean(section=self, setting=setting, noise=lambda entry: _noise(setting, entry))
-        past = stage.past()
+        book = stage.open_ledger().book() if stage.ledger_path.is_file() else Book(entries=[])
+        past = book.receipts if self.ledger else ()  # a run directory's own ledger knows no other run
         planned = [DpReceipt(event=self.event(setting.rounds), unit=UNIT)]
+        self._check_schedule(book)
         total = pld.epsilon([*past, *planned], self.delta)
         if not total <= self.epsilon:
             raise ConfigInvalid(
@@ -131,6 +135,20 @@ class CentralDp(Section):
                 "rounds"
             )
         return stage
+
+    def _check_schedule(self, book: Book) -> None:
+        """Raise `ConfigInvalid` when former runs of the cohort fixed another noise, or promised less."""
+        held = book.mechanism
+        if held is not None and held != one_step(DpReceipt(event=self.event(), unit=UNIT)):
+            raise ConfigInvalid(
+                f"server.aggregator.noise_multiplier = {self.noise_multiplier:g}, but the ledger of cohort "
+                f"{self.cohort!r} is fixed to {describe(held)}: a noise that is chosen after looking at earlier runs "
+                "is not certified; write that one"
+            )
+        try:
+            book.settle("fixed_schedule", epsilon=self.epsilon, delta=self.delta)
+        except LedgerRefusal as error:
+            raise ConfigInvalid(f"server.aggregator: {error}") from None
 
     def event(self, count: int = 1) -> Gaussian:
         """Return what `count` merged adapters cost."""
@@ -201,10 +219,6 @@ class PrivateMean:
         # Seeded noise protects nobody, so its spending may never be certified together with real spending.
         cohort += "+simulation" if self.setting.mode == "simulation" else ""
         return Ledger.open(self.ledger_path, dataset=cohort, unit=UNIT)
-
-    def past(self) -> tuple[DpReceipt, ...]:
-        """Return what other runs have reserved; a run directory's own ledger knows no other run."""
-        return self.open_ledger().receipts() if self.section.ledger and self.ledger_path.is_file() else ()
 
     def _mine(self, ledger: Ledger) -> list[Reserved]:
         """Return what earlier attempts of this run reserved: only in its own ledger, which the run directory guards."""

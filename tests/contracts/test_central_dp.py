@@ -416,6 +416,19 @@ def test_a_ledger_of_a_cohort_counts_over_its_runs(tmp_path: Path) -> None:
         _stage(tmp_path / "4", **{**kept, "cohort": "schools"})
 
 
+def test_a_cohort_s_noise_is_chosen_once(tmp_path: Path) -> None:
+    """Under another after looking at the first run, no fixed schedule certifies both; told before anybody trains."""
+    kept = {"ledger": str(tmp_path / "clinics.jsonl"), "cohort": "clinics", "epsilon": 4.0}
+    stage = _stage(tmp_path / "1", **kept)
+    stage(_uploads(_adapter(1)), _broadcast())
+    noise = stage.section.noise_multiplier
+    with pytest.raises(ConfigInvalid, match=rf"'clinics' is fixed to gaussian with noise_multiplier {noise:g}: "):
+        _stage(tmp_path / "2", **{**kept, "noise_multiplier": noise + 1})
+    with pytest.raises(ConfigInvalid, match="may be lowered, not raised"):
+        _stage(tmp_path / "3", **{**kept, "epsilon": 4.5})
+    _stage(tmp_path / "4", **{**kept, "epsilon": 3.5})
+
+
 def test_seeded_spending_never_stands_beside_real_spending(tmp_path: Path) -> None:
     kept = {"ledger": str(tmp_path / "clinics.jsonl"), "cohort": "clinics"}
     _stage(tmp_path / "1", **kept)(_uploads(_adapter(1)), _broadcast())

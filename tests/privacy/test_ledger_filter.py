@@ -110,8 +110,11 @@ def test_the_promise_may_be_lowered_and_not_raised(tmp_path: Path) -> None:
     lower = ledger.filter("renyi_filter", epsilon=1.45, delta=DELTA)
     assert lower == RenyiFilter(epsilon=1.45, delta=DELTA, order=FILTER.order)
     spend(ledger, 2, renyi=lower)
-    with pytest.raises(BudgetSpent, match=r"for epsilon 1\.45"):
+    with pytest.raises(BudgetSpent, match=r"for epsilon 1\.45.*site\.toml lowered it from epsilon 2 .*may go back"):
         spend(ledger, 3, renyi=lower)
+    tiny = ledger.filter("renyi_filter", epsilon=0.1, delta=DELTA)  # below what this order can carry at all
+    with pytest.raises(BudgetSpent, match=r"for epsilon 0\.1 .*site\.toml lowered it from epsilon 2 "):
+        spend(ledger, 3, renyi=tiny, epsilon=0.1)
     spend(ledger, 3)  # back to what was promised first, and not beyond
 
 

@@ -234,6 +234,15 @@ def test_a_broadcast_to_a_site_that_was_never_heard_of_has_no_head() -> None:
     assert wire.unpack_broadcast(recorddict_from_proto(recorddict_to_proto(wire.pack_broadcast(first)))).head == ""
 
 
+def test_a_broadcast_is_addressed_without_another_copy_of_its_arrays() -> None:
+    content = wire.pack_broadcast(dataclasses.replace(MESSAGES["broadcast"], head=""))  # type: ignore[arg-type]
+    for head in ("", HEAD, "1" * 64):
+        addressed = wire.addressed(content, head)
+        assert addressed["arrays"] is content["arrays"]
+        assert plain(wire.unpack_broadcast(addressed)) == {**plain(MESSAGES["broadcast"]), "head": head}
+    assert content["broadcast"]["head"] == ""
+
+
 @every_message
 def test_extra_and_missing_records_are_refused(name: str) -> None:
     for extra in (ConfigRecord({"note": SECRET}), MetricRecord({"loss": 0.5}), ArrayRecord([np.zeros((1, 1))])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,17 @@ def test_what_a_report_reads_is_all_of_it() -> None:
         assert statement_of(rest) is None
         with pytest.raises(KeyError, match=missing):
             of_entry(rest)
+
+
+@pytest.mark.parametrize(
+    ("composition", "words"),
+    [
+        ("fixed_schedule", ", for a schedule fixed in advance"),
+        ("renyi_filter", ", and the site's Renyi filter, whatever was chosen by looking"),
+    ],
+)
+def test_a_site_that_says_how_it_adds_up_is_quoted(composition: Any, words: str) -> None:
+    assert of_site(delta=1e-5, unit="record", composition=composition).accountant == pld.label() + words
 
 
 def test_a_site_s_figure_names_both_ways_in_which_it_may_have_been_made() -> None:
