@@ -157,6 +157,7 @@ def test_flowers_own_loop_takes_one_reply_of_a_site_as_well(stage: Stage, clean:
     late.metadata.__dict__["_group_id"], nobodys.metadata.__dict__["_src_node_id"] = "0", 77
 
     knowledge.aggregate_train(1, [nobodys, late, *reversed(replies), twice])
+    knowledge.pipeline.close()
 
     played = Played(pipeline=knowledge.pipeline, directory=knowledge.pipeline.journal.directory)
     assert played.outcome == clean.outcome
