@@ -68,11 +68,8 @@ def append(path: Path, line: bytes, *, sync: bool = False) -> None:
 
 def require(directory: Path, need_bytes: int) -> None:
     """Return when the disk of `directory`, which need not exist yet, has `need_bytes` free. Raises: DiskFull."""
-    free = free_bytes(directory)
-    if free < need_bytes:
-        raise DiskFull(
-            f"{directory}: {need_bytes:,} bytes needed, {free:,} free there; free some space or choose another disk"
-        )
+    if free_bytes(directory) < need_bytes:
+        raise DiskFull(f"{directory}: {needs(directory, need_bytes)}; free some space or choose another disk")
 
 
 def free_bytes(path: Path) -> int:
@@ -81,6 +78,11 @@ def free_bytes(path: Path) -> int:
     while not place.exists() and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def needs(path: Path, need_bytes: int) -> str:
+    """Return how an error tells of space: what was needed at `path`, and what is free there."""
+    return f"{need_bytes:,} bytes needed, {free_bytes(path):,} free there"
 
 
 @contextlib.contextmanager
@@ -92,8 +94,8 @@ def naming(path: Path, need_bytes: int) -> Generator[None]:
         reason = error.strerror or type(error).__name__
         if error.errno in FULL:
             raise DiskFull(
-                f"{path} cannot be written: {reason}; {need_bytes:,} bytes needed, {free_bytes(path):,} free there; "
-                "free some space and run the same command again"
+                f"{path} cannot be written: {reason}; {needs(path, need_bytes)}; free some space and run the same "
+                "command again"
             ) from error
         raise RunInvalid(
             f"{path} cannot be written: {reason}; {need_bytes:,} bytes needed; mend the directory and run the same "

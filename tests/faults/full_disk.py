@@ -283,7 +283,7 @@ def torn(directory: Path) -> list[str]:
 
 def lasting(directory: Path) -> dict[str, bytes]:
     """Return the artefacts of a run that do not tell the time."""
-    timed = {"journal.jsonl", "summary.json", "record.json", "config.toml", "report.html"}
+    timed = {"journal.jsonl", "summary.json", "record.json", "config.toml", "report.html", "audit.jsonl"}
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))

@@ -31,6 +31,7 @@ from fl_app.origin import ROOT
 from fl_app.privacy import gaussian
 from fl_app.privacy.ledger import Ledger
 from simulations import launch
+from simulations.local_grid import FIRST_NODE, LocalGrid
 from simulations.report.page import build_report
 from tests.conftest import POLICY
 from tests.faults.secrets import Planted, files_under, found, planted, rows_of
@@ -116,21 +117,23 @@ def listening() -> Iterator[io.StringIO]:
             logger.setLevel(level)
 
 
-def play(workplace: Path, name: str, *more: str, rows: tuple[int, int] = (16, 24), break_site: Any = None) -> Told:
-    """Play a run of two sites, keep everything it said, and read all that it wrote."""
+def play(
+    workplace: Path, name: str, *more: str, rows: tuple[int, int] = (16, 24), break_site: Any = None, run: str = ""
+) -> Told:
+    """Play a run of two sites, keep everything it said, and read all that it wrote. `run` is its name, else `name`."""
     from flwr.app import Context, RecordDict
 
     from fl_app import client_app, server_app
-    from simulations.local_grid import FIRST_NODE, LocalGrid
 
     sites = workplace / "sites" / name
+    place = f'run.directory="{workplace / "runs" / name}"'
     homes = [make_site(sites / "a", "harbour", OURS, rows[0]), make_site(sites / "b", "mill", THEIRS, rows[1])]
     if break_site is not None:
         break_site(homes[0])
     out, err, failure = io.StringIO(), io.StringIO(), ""
     sent: list[bytes] = []
     with listening() as heard, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        prepared = launch.prepare("configs/smoke.toml", "\n".join([SMALL, *more]), run=name)
+        prepared = launch.prepare("configs/smoke.toml", "\n".join([SMALL, place, *more]), run=run or name)
         grid = LocalGrid(client_app.app, nodes=2, run_config=prepared.run_config)
         for node, home in enumerate(homes):
             grid._contexts[FIRST_NODE + node].node_config["rows"] = str(home)
@@ -412,6 +415,10 @@ def test_a_crash_leaves_nothing_outside_the_site(tmp_path: Path) -> None:
 # --- two data sets, one answer
 
 
+def is_ours(reply: Any) -> bool:
+    return reply.metadata.src_node_id == FIRST_NODE
+
+
 COMPUTED = {"sha256", "bits_per_byte"}
 
 
@@ -436,12 +443,15 @@ def fields(reply: Any) -> dict[str, Any]:
 @bar
 def test_replies_are_equal_for_data_sets_of_different_sizes(workplace: Path) -> None:
     """Every field but the adapter: 9 rows and 80 rows, of other texts, columns and labels."""
-    few, many = (play(workplace, f"size-{rows}", rows=(rows, 16)) for rows in (9, 80))
+    few, many = (play(workplace, f"size-{rows}", rows=(rows, 16), run="size") for rows in (9, 80))
     assert few.failure == many.failure == ""
-    asked = [[fields(reply) for reply in told.replies if reply.metadata.src_node_id == 1000] for told in (few, many)]
+    asked = [[fields(reply) for reply in told.replies if is_ours(reply)] for told in (few, many)]
     assert len(asked[0]) == 3
     assert asked[0] == asked[1]
-    sizes = [len(content) for told in (few, many) for name, content in told.places.items() if name == "reply 2"]
+    sizes = [
+        [len(recorddict_to_proto(reply.content).SerializeToString()) for reply in told.replies if is_ours(reply)]
+        for told in (few, many)
+    ]
     assert sizes[0] == sizes[1]
 
 
