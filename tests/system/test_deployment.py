@@ -65,17 +65,27 @@ class Played:
         path = directory / "journal.jsonl"
         return list(read_lines(path)) if path.is_file() else []
 
-    def await_training(self, directory: Path) -> None:
-        """Wait until the first wave of training is out, and a little, so that sites are at it."""
-        deadline = time.monotonic() + 120
-        wanted = ("phase_started", "train")
-        while wanted not in [(line["event"], line.get("phase")) for line in self.journal(directory)]:
+    def trainings(self, directory: Path) -> int:
+        """Return how many waves of training a run has sent out."""
+        told = [(line["event"], line.get("phase")) for line in self.journal(directory)]
+        return told.count(("phase_started", "train"))
+
+    def await_training(self, directory: Path, more_than: int = 0) -> None:
+        """Wait until the next wave of training is out, and a little, so that sites are at it."""
+        deadline = time.monotonic() + 180
+        while self.trainings(directory) <= more_than:
             assert time.monotonic() < deadline
             time.sleep(0.2)
         time.sleep(4)
 
+    def kill_app(self, program: str) -> None:
+        """Kill the one process that runs `program`; it was started by a SuperExec."""
+        command = {pid: (Path("/proc") / str(pid) / "cmdline").read_bytes() for pid in marked(self.mark)}
+        (found,) = [pid for pid, words in command.items() if program.encode() in words]
+        os.kill(found, signal.SIGKILL)
+
     def kill(self, name: str) -> None:
-        """Kill a process the hard way."""
+        """Kill a process the hard way; what it started has to notice by itself."""
         process = self.deployment.processes.pop(name)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -92,7 +102,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def played(workplace: Path) -> Iterator[Played]:
-    """A run whose SuperLink and gate are killed while the sites train, and started again."""
+    """A run that loses all of the server's side once: first its own app, then, begun again, SuperLink and gate."""
     mark = uuid.uuid4().hex
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, mark)
@@ -105,8 +115,12 @@ def played(workplace: Path) -> Iterator[Played]:
             deployment.await_nodes()
             deployment.sign(ROOT)
             made = Played(deployment=deployment, prepared=prepared, expected=expected, mark=mark)
-            run_id = deployment.operator.submit(ROOT, smoke.run_config(prepared))
+            deployment.operator.submit(ROOT, smoke.run_config(prepared))
             made.await_training(prepared.directory)
+            made.kill_app("flwr-serverapp")
+            seen = made.trainings(prepared.directory)
+            run_id = deployment.operator.submit(ROOT, smoke.run_config(prepared))
+            made.await_training(prepared.directory, more_than=seen)
             for name in ("superlink", "gate"):
                 made.kill(name)
             time.sleep(3)
@@ -118,8 +132,10 @@ def played(workplace: Path) -> Iterator[Played]:
     assert none_left(mark) == []
 
 
-def test_a_killed_superlink_and_gate_cost_the_run_nothing(played: Played) -> None:
-    """Process isolation and a database: server's app and nodes wait for it, and the run is the one in process."""
+def test_whatever_is_killed_at_the_server_the_run_is_the_one_in_process(played: Played) -> None:
+    """Process isolation and a database: server's app and nodes wait for a SuperLink that died. A run whose own app died
+    is begun again with the same words: sites that had answered answer from their outbox, and nobody pays twice.
+    """
     found = launch.read_summary(played.prepared.directory)
     assert found["lessons"] > 0
     smoke.check_same(played.expected, found)
