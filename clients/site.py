@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from clients.config import SitePolicy, read_policy
 from fl_app.audit_log import AuditLog
-from fl_app.errors import AuditBroken, PolicyRefusal, RowsInvalid
+from fl_app.errors import AuditBroken, DiskFull, PolicyRefusal, RowsInvalid
 from fl_app.privacy.ledger import Ledger
 from fl_app.types import NO_HEAD
 
@@ -77,7 +77,7 @@ class Site:
     def note_policy(self, policy: SitePolicy) -> None:
         """Enter into the audit log under which policy the site acts, when that is another one than before.
 
-        Raises: AuditBroken.
+        Raises: AuditBroken, DiskFull.
         """
         last = self.audit.last()
         if last is None or last.policy_id != policy.id:
@@ -98,7 +98,7 @@ class Site:
             last = self.audit.last()
             policy_id = last.policy_id if last else ""
             self.audit.append("refused", run=run, round=round_number, policy_id=policy_id, outcome="refused", code=code)
-        except AuditBroken as error:
+        except (AuditBroken, DiskFull) as error:
             self.log(f"the audit log does not take a refusal: {error}")
 
 

@@ -31,12 +31,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from fl_app.errors import AuditBroken
+from fl_app import disk
+from fl_app.errors import AuditBroken, DiskFull
 from fl_app.hash_chain import NO_LINE, is_digest, seal, unseal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
+
+    from fl_app.errors import StillroomError
 
 SOFTWARE = "stillroom 0.1.0"
 WORD = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -98,8 +101,8 @@ class AuditLog:
     ) -> str:
         """Write one event and return its hash, the new head; on disk when this returns.
 
-        Raises: AuditBroken when the log cannot be written or its last line was changed; ValueError for an action,
-        outcome or code that is no plain word, or a hash that is none: such text does not belong here.
+        Raises: AuditBroken, DiskFull when the log cannot be written or its last line was changed; ValueError for an
+        action, outcome or code that is no plain word, or a hash that is none: such text does not belong here.
         """
         for name, word in (("actor", self._actor), ("action", action), ("outcome", outcome), ("code", code or "none")):
             if not WORD.fullmatch(word):
@@ -141,14 +144,28 @@ class AuditLog:
             "software": SOFTWARE,
             **event,
         }
-        rest = seal(line)
+        whole = rest = seal(line)
+        before = os.fstat(descriptor).st_size
         try:
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
         except OSError as error:
-            raise AuditBroken(f"cannot write {self._path}: {error.strerror}; free some space and run again") from None
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, before)
+            raise self._not_written(error, len(whole)) from None
         return line
+
+    def _not_written(self, error: OSError, need_bytes: int) -> StillroomError:
+        """Return what to raise: nothing is done off the record, whatever keeps it from being written."""
+        if error.errno in disk.FULL:
+            return DiskFull(
+                f"{self._path} cannot be written: {error.strerror}; {disk.needs(self._path, need_bytes)}; free some "
+                "space and run the same command again"
+            )
+        return AuditBroken(
+            f"cannot write {self._path}: {error.strerror}; nothing is done off the record; fix the directory"
+        )
 
     @contextlib.contextmanager
     def _held(self) -> Generator[int]:
@@ -159,9 +176,7 @@ class AuditLog:
             if fresh:
                 _sync_folder(self._path.parent)
         except OSError as error:
-            raise AuditBroken(
-                f"cannot write {self._path}: {error.strerror}; nothing is done off the record; fix the directory"
-            ) from None
+            raise self._not_written(error, _BLOCK) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor

@@ -21,11 +21,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fl_app import journal
+from fl_app import disk, journal
 from fl_app.errors import RunInvalid
 
 if TYPE_CHECKING:
@@ -48,11 +47,12 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path, *, run: str, config_digest: str) -> None:
-        """Raises: RunInvalid when another process plays this run, or it is a run of another configuration."""
+        """Raises: RunInvalid when another process plays this run, or it is of another configuration; DiskFull."""
         self._directory = directory
         self._head = hashlib.sha256(f"{run}/{config_digest}".encode()).hexdigest()
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (directory / ".lock").open("a", encoding="utf-8")
+        with disk.naming(directory / ".lock", 0):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (directory / ".lock").open("a", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -116,11 +116,7 @@ class Checkpoint:
             "seconds": seconds,
             "value": value,
         }
-        for folder in {path.parent for path in named}:
-            _sync(folder)
-        path = self._place(number, phase)
-        journal.write_json(path, entry)
-        _sync(path.parent)
+        journal.write_json(self._place(number, phase), entry)  # `disk` has synced the artefacts, names included
         found = self.find(number, phase)
         assert found is not None
         return found
@@ -133,12 +129,3 @@ def _link(entry: Mapping[str, Any]) -> str:
     """Return the hash that the next phase names: everything but the time it took."""
     told = {key: value for key, value in entry.items() if key != "seconds"}
     return hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

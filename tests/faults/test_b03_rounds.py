@@ -136,6 +136,7 @@ class FaultGrid(LocalGrid):
         self._due: list[tuple[float, int, str, Message]] = []
         self._count = 0
         self._over: set[str] = set()
+        self._wave: set[tuple[str, str]] = set()
 
     def get_node_ids(self) -> Iterable[int]:
         gone = self._dead | {site for site, until in self._away.items() if until > self._clock.now}
@@ -143,7 +144,10 @@ class FaultGrid(LocalGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         wave = list(messages)
-        self._over |= {identifier for _, _, identifier, _ in self._due}  # of waves before this one
+        wave_of = {(one.metadata.message_type, one.metadata.group_id) for one in wave}
+        if wave_of != self._wave:
+            self._over |= {identifier for _, _, identifier, _ in self._due}
+        self._wave = wave_of
         ids = list(super().push_messages(wave))
         for identifier, message in zip(ids, wave, strict=True):
             self._happen(identifier, message)

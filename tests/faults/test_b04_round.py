@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fl_app.types import Adapter
 
 DELTA = 1e-5
-TRACE = "wfwfrdwfwfwffrfrfffnddddwfwfrdwfwfwf"
+TRACE = "wfwfrdwfwfwfwfrdwfrdfffnddddwfwfrdwfwfwf"
 """The calls of one round at a site that trained one before; see `power`."""
 
 

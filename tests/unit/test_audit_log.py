@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fl_app import audit_log
 from fl_app.audit_log import AuditLog, read, verify
-from fl_app.errors import AuditBroken
+from fl_app.errors import AuditBroken, DiskFull
 from fl_app.hash_chain import NO_LINE, seal
 from fl_app.origin import ROOT
 
@@ -251,8 +251,9 @@ def test_a_log_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(audit_log.os, "write", full)
-    with pytest.raises(AuditBroken, match=r"No space left.*free some space"):
+    with pytest.raises(DiskFull, match=r"No space left.* bytes needed.*free some space"):
         AuditLog(tmp_path / "audit.jsonl", "site").append("sent")
+    assert (tmp_path / "audit.jsonl").read_bytes() == b""
 
 
 def _write_twenty(path: Path) -> None:
