@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 bar = pytest.mark.bar("B10")
 SLOW = pytest.mark.slow
 ROUNDS, WARM = 500, 50
+SHAPES = 150
+"""Rounds until real stages have met every shape of batch: kernels are prepared and kept for each. Measured: resident
+memory goes from 590 to 747 MiB over the first 160 rounds and from there to 748 over another 140."""
 SLOPE_MIB = 0.02
 """Resident memory a round may add after the first `WARM` (specs, B10)."""
 
@@ -235,8 +238,8 @@ def test_real_stages_leave_nothing_behind_either(tmp_path: Path) -> None:
         "server.exam.free_items=1",
         "server.exam.max_new_tokens=2",
     )
-    found = soaked(tmp_path, WARM + 50, *more, still=False)
-    assert slope(found.after_warm(found.watch.rss_mib), found.every) < 0.2
+    found = soaked(tmp_path, SHAPES + 50, *more, still=False)
+    assert slope(found.watch.rss_mib[SHAPES // found.every :], found.every) < 0.2
     for seen in (found.after_warm(found.watch.files), found.after_warm(found.watch.threads)):
         assert max(seen) == min(seen), seen
 

@@ -128,6 +128,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "BUILD", place / "build")
         patch.setattr(launch, "RUNS", place / "runs")
+        # The cap on an update alone turns most of these uploads away (B1); here it is the aggregators' turn.
+        patch.setattr("strategies.config.read_cap", lambda *_, **__: None)
         patch.setattr(launch, "write_corpus", once)
         yield place
 
