@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from fl_app.models import FrozenModel
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Adapter, AdapterRelease, DpReceipt
+    from fl_app.types import Adapter, DpReceipt, Material, Release, ReleaseKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,43 +30,63 @@ class PublicConstants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workbench:
-    """What a learner works with besides the rows: the frozen model, the public codes, the source of noise."""
+    """What a learner works with besides the rows: the frozen model, the public codes, the source of noise.
+
+    `codes` maps a control code's id to its text. `material` is what the server sent along: public text, or text and
+    vectors made of earlier releases. `secret` salts what must not be guessed from outside, such as a record's bucket.
+    """
 
     model: FrozenModel
     codes: Mapping[str, str]
     noise: NoiseSource
     system: str
+    material: Material
+    secret: bytes = b""
 
 
 class Learner(Protocol):
     """Rows and a start adapter -> one release, at exactly the announced cost."""
 
     @property
-    def release_kind(self) -> str:
+    def release_kind(self) -> ReleaseKind:
         """The kind of release, which the site's policy must allow."""
         ...
 
     @property
     def private(self) -> bool:
-        """Whether a release has a receipt; without one its epsilon is infinite."""
+        """Whether a release has receipts; without any its epsilon is infinite."""
         ...
 
     @property
     def steps(self) -> int:
-        """Steps of one round, a public constant."""
+        """Steps, releases or draws that one round charges to a unit; a public constant."""
         ...
 
     @property
     def clip_norm(self) -> float:
-        """L2 bound on one unit's contribution to one step."""
+        """Bound on one unit's contribution: to one step in L2 norm, or to one score."""
         ...
 
-    def announce(self, constants: PublicConstants, noise_multiplier: float) -> DpReceipt | None:
-        """Return the receipt of one round at this noise multiplier; None when `private` is false."""
+    @property
+    def noise(self) -> float | None:
+        """The noise that the configuration fixes; None when the site chooses the least that its budget needs."""
+        ...
+
+    def announce(self, constants: PublicConstants, noise: float) -> tuple[DpReceipt, ...]:
+        """Return the receipts of one round at this noise, the main mechanism first; none when `private` is false.
+
+        `noise` is a noise multiplier, and for a `BoundedRange` one over its span (`events.span_of`): more is always
+        more private.
+        """
         ...
 
     def __call__(
-        self, rows: PrivateRows, start: Adapter, receipt: DpReceipt | None, constants: PublicConstants, bench: Workbench
-    ) -> AdapterRelease:
-        """Return the release that `receipt` pays for. The number of steps never depends on the rows."""
+        self,
+        rows: PrivateRows,
+        start: Adapter,
+        receipts: tuple[DpReceipt, ...],
+        constants: PublicConstants,
+        bench: Workbench,
+    ) -> Release:
+        """Return the release that `receipts` pay for. What they say of it never depends on the rows."""
         ...

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Relation: TypeAlias = Literal["add_or_remove_one"]
 Composition: TypeAlias = Literal["fixed_schedule", "renyi_filter"]
 """How a site's ledger adds up: `fixed_schedule` by PLD and a plan, `renyi_filter` under a Renyi filter as well."""
-ReleaseKind: TypeAlias = Literal["adapter", "vector", "histogram"]
+ReleaseKind: TypeAlias = Literal["adapter", "vector", "histogram", "text"]
 RefusalCode: TypeAlias = Literal["budget_spent", "policy", "ledger", "rows", "model", "internal"]
 
 NO_HEAD = "0" * 64
@@ -82,13 +82,25 @@ class Gaussian:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exponential:
-    """`count` draws of an exponential mechanism, each `epsilon`-DP."""
+    """`count` draws of a mechanism of which only this is known: each is `epsilon`-DP."""
 
     epsilon: float
     count: int = 1
 
 
-MechanismEvent: TypeAlias = PoissonGaussian | Gaussian | Exponential
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundedRange:
+    """`count` draws of an exponential mechanism: between neighbours the log-ratios of one draw differ by `span`.
+
+    For draws from softmax(score / temperature), where neighbours move every score by at most d: span = 2 d /
+    temperature. That is more than `Exponential(epsilon=span)` knows, and costs about a third of it.
+    """
+
+    span: float
+    count: int = 1
+
+
+MechanismEvent: TypeAlias = PoissonGaussian | Gaussian | Exponential | BoundedRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +137,50 @@ class HistogramRelease:
     kind: Literal["histogram"] = "histogram"
 
 
-Release: TypeAlias = AdapterRelease | VectorRelease | HistogramRelease
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedText:
+    """A text and the id of the public control code that it was written under."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRelease:
+    """Synthetic texts that a site wrote by DP prediction."""
+
+    texts: tuple[CodedText, ...]
+    kind: Literal["text"] = "text"
+
+
+Release: TypeAlias = AdapterRelease | VectorRelease | HistogramRelease | TextRelease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Material:
+    """What a site needs for its answer beside the adapter: public or already released texts, and vectors by name.
+
+    Shapes: each vector (d,) float32.
+    """
+
+    texts: tuple[CodedText, ...] = ()
+    vectors: Mapping[str, Floats] = field(default_factory=dict[str, "Floats"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseSpec:
+    """What a site's release must look like, as far as the configuration says; `None` asks no site for anything.
+
+    `vectors`: names and lengths of a vector release, or of a histogram its one entry. `codes`, `max_texts` and
+    `max_bytes` (of one text, UTF-8) bound a text release. `survey`: names and lengths of what is summed once.
+    """
+
+    kind: ReleaseKind | None = "adapter"
+    vectors: Mapping[str, int] = field(default_factory=dict[str, int])
+    codes: frozenset[str] = frozenset()
+    max_texts: int = 0
+    max_bytes: int = 0
+    survey: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,6 +190,9 @@ class Upload:
     `spent` is the epsilon, at the site's delta, of everything its ledger ever reserved, this round included: a
     function of public constants, claimed by the site. The server recomputes what this run's receipts add up to.
     `run` is the run and configuration that it answers, as `Broadcast.named`.
+
+    `survey` is what the site counted and summed once for this run, beside its release: noisy counts of control codes
+    (`codes`), a noisy sum of kernel features (`kernel`).
 
     `head` is the hash of the ledger's last line when the upload left. It is salted, so it tells nothing of the rows;
     whoever keeps it can show that the ledger was rolled back. NO_HEAD from a simulated site, whose replies must repeat.
@@ -147,6 +205,7 @@ class Upload:
     spent: float
     run: str = ""
     head: str = NO_HEAD
+    survey: VectorRelease | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +339,7 @@ class Broadcast:
     adapter: Adapter
     config_digest: str
     head: str = ""
+    material: Material = field(default_factory=Material)
 
     @property
     def named(self) -> str:

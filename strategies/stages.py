@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from fl_app.types import AdapterRelease
@@ -13,7 +13,19 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fl_app.types import Adapter, Broadcast, Draft, Lesson, Merged, Screened, Upload
+    from fl_app.types import (
+        Adapter,
+        Broadcast,
+        Draft,
+        Lesson,
+        Material,
+        Merged,
+        Release,
+        ReleaseSpec,
+        Screened,
+        Upload,
+        VectorRelease,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,28 +57,61 @@ class Aggregator(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Voices:
-    """Who may write in a round: the merged adapter, and by site every release that went into it, names in order."""
+    """What a synthesizer may write from: the merged adapter, by site every release that was used, names in order.
+
+    `by_site` holds the adapters among the releases; `releases` all of them, of whatever kind; `surveys` by site what
+    was counted and summed in the first round, of every site that was ever sound; `material` what the sites were sent.
+    """
 
     merged: Adapter
     by_site: Mapping[str, Adapter]
+    releases: Mapping[str, Release] = field(default_factory=dict[str, "Release"])
+    surveys: Mapping[str, VectorRelease] = field(default_factory=dict[str, "VectorRelease"])
+    material: Material | None = None
 
     @classmethod
-    def of(cls, merged: Merged, uploads: Sequence[Upload]) -> Voices:
+    def of(
+        cls,
+        merged: Merged,
+        uploads: Sequence[Upload],
+        *,
+        surveys: Mapping[str, VectorRelease] | None = None,
+        material: Material | None = None,
+    ) -> Voices:
         """Return the voices of a round; a site that the aggregator did not use has none.
 
         Guarantee: none but `merged` where the aggregator itself made it private: its noise does not cover what a site
         sent, and text of that would tell who took part.
         """
-        found = {
-            upload.site: upload.release.adapter
-            for upload in uploads
-            if isinstance(upload.release, AdapterRelease) and upload.site in merged.used and merged.cost is None
-        }
-        return cls(merged=merged.adapter, by_site=dict(sorted(found.items())))
+        if merged.cost is not None:
+            return cls(merged=merged.adapter, by_site={}, material=material)
+        found = {upload.site: upload.release for upload in uploads if upload.site in merged.used}
+        adapters = {site: one.adapter for site, one in found.items() if isinstance(one, AdapterRelease)}
+        return cls(
+            merged=merged.adapter,
+            by_site=dict(sorted(adapters.items())),
+            releases=dict(sorted(found.items())),
+            surveys=dict(sorted((surveys or {}).items())),
+            material=material,
+        )
 
 
 class Synthesizer(Protocol):
-    """Adapters of W_loc -> synthetic instructions, from public control codes alone."""
+    """Releases of the sites -> synthetic instructions, under public control codes."""
+
+    @property
+    def asks(self) -> ReleaseSpec:
+        """What every site is asked for in a round."""
+        ...
+
+    def prepare(
+        self, target: Adapter, earlier: Sequence[Draft], rng: np.random.Generator, round_number: int
+    ) -> Material:
+        """Return what the sites need to answer round `round_number`, from public text and earlier releases alone.
+
+        `target` is what they start from, `earlier` every draft that was kept in former rounds. Most need nothing.
+        """
+        ...
 
     def __call__(self, voices: Voices, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
         """Same voices and same generator state give the same drafts, each with complete provenance."""

@@ -3,6 +3,7 @@
     PoissonGaussian(s, q, T)   SelfComposed(PoissonSampled(q, Gaussian(s)), T)
     Gaussian(s, n)             SelfComposed(Gaussian(s), n)
     Exponential(e, n)          SelfComposed(RandomizedResponse(2 / (1 + exp(e)), 2 buckets), n)
+    BoundedRange(h, n)         SelfComposed(ZCDp(h^2 / 8), n); by PLD a pair of its own (`bounded_range`)
     any of them, s = 0         NonPrivate: its epsilon is infinite
 
 Why randomised response for the exponential mechanism. `Exponential` promises that every draw is `epsilon`-DP under
@@ -24,7 +25,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from fl_app.errors import LedgerRefusal
-from fl_app.types import DpReceipt, Exponential, Gaussian, MechanismEvent, PoissonGaussian, Relation
+from fl_app.types import BoundedRange, DpReceipt, Exponential, Gaussian, MechanismEvent, PoissonGaussian, Relation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,10 +38,12 @@ EVENT_KINDS: dict[str, type[MechanismEvent]] = {
     "poisson_gaussian": PoissonGaussian,
     "gaussian": Gaussian,
     "exponential": Exponential,
+    "bounded_range": BoundedRange,
 }
 RELATIONS: tuple[str, ...] = get_args(Relation)
 RECEIPT_KEYS = frozenset({"event", "unit", "relation"})
 MAX_NOISE = 1e6
+MIN_SPAN = 1e-6
 MAX_COUNT = 10**9
 """Far above any use, and small enough that no accountant overflows on a receipt from elsewhere."""
 
@@ -63,6 +66,32 @@ def to_dp_event(receipt: DpReceipt) -> dp_accounting.DpEvent:
             return _repeat(inner, event.count) if event.noise_multiplier > 0 else dp.NonPrivateDpEvent()
         case Exponential():
             return _repeat(dp.RandomizedResponseDpEvent(2 / (1 + math.exp(event.epsilon)), 2), event.count)
+        case BoundedRange():
+            return _repeat(dp.ZCDpEvent(event.span**2 / 8), event.count)
+
+
+def span_of(noise: float) -> float:
+    """Return the span of a `BoundedRange` at this noise, 1 / noise to nine decimals, so that it survives the way back.
+
+    Raises: LedgerRefusal for a noise that is none, or that makes a span too small to account.
+    """
+    span = round(1 / noise, 9) if noise > 0 else math.inf
+    _check_number("span", span, low=MIN_SPAN, high=100.0)
+    return span
+
+
+def noise_of(event: MechanismEvent) -> float | None:
+    """Return the noise by which a mechanism was announced: `announce(constants, noise_of(event))` gives it again.
+
+    None for an `Exponential`, which is never calibrated.
+    """
+    match event:
+        case PoissonGaussian() | Gaussian():
+            return event.noise_multiplier
+        case BoundedRange():
+            return 1 / event.span
+        case Exponential():
+            return None
 
 
 def receipt_to_dict(receipt: DpReceipt) -> Json:
@@ -101,7 +130,7 @@ def check_receipt(receipt: DpReceipt) -> None:
     """Return when a receipt can be accounted.
 
     Raises: LedgerRefusal naming the value otherwise. Allowed: noise_multiplier in [0, 1e6], sample_rate in (0, 1],
-    steps and count in [1, 1e9] (integers), clip_norm > 0, epsilon in (0, 500]; all finite.
+    steps and count in [1, 1e9] (integers), clip_norm > 0, epsilon in (0, 500], span in [1e-6, 100]; all finite.
     """
     if not isinstance(receipt.unit, str) or not receipt.unit:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise LedgerRefusal(f"receipt unit {receipt.unit!r} is no name; write for instance 'record'")
@@ -120,6 +149,9 @@ def check_receipt(receipt: DpReceipt) -> None:
             _check_count("count", event.count)
         case Exponential():
             _check_number("epsilon", event.epsilon, low=0.0, high=500.0, open_low=True)
+            _check_count("count", event.count)
+        case BoundedRange():
+            _check_number("span", event.span, low=MIN_SPAN, high=100.0)
             _check_count("count", event.count)
         case _:  # pyright: ignore[reportUnnecessaryComparison]
             known = ", ".join(cls.__name__ for cls in EVENT_KINDS.values())
@@ -152,6 +184,7 @@ def merged(receipts: Sequence[DpReceipt]) -> tuple[DpReceipt, ...]:
     poisson: dict[tuple[float, float], int] = {}
     gaussian: dict[float, int] = {}
     exponential: dict[float, int] = {}
+    bounded: dict[float, int] = {}
     for receipt in receipts:
         match receipt.event:
             case PoissonGaussian(noise_multiplier=noise, sample_rate=rate, steps=steps):
@@ -160,6 +193,8 @@ def merged(receipts: Sequence[DpReceipt]) -> tuple[DpReceipt, ...]:
                 gaussian[noise] = gaussian.get(noise, 0) + count
             case Exponential(epsilon=epsilon, count=count):
                 exponential[epsilon] = exponential.get(epsilon, 0) + count
+            case BoundedRange(span=span, count=count):
+                bounded[span] = bounded.get(span, 0) + count
     events: list[MechanismEvent] = [
         *(
             PoissonGaussian(noise_multiplier=noise, sample_rate=rate, steps=steps, clip_norm=1.0)
@@ -167,6 +202,7 @@ def merged(receipts: Sequence[DpReceipt]) -> tuple[DpReceipt, ...]:
         ),
         *(Gaussian(noise_multiplier=noise, clip_norm=1.0, count=count) for noise, count in sorted(gaussian.items())),
         *(Exponential(epsilon=epsilon, count=count) for epsilon, count in sorted(exponential.items())),
+        *(BoundedRange(span=span, count=count) for span, count in sorted(bounded.items())),
     ]
     return tuple(DpReceipt(event=event, unit=receipts[0].unit, relation=receipts[0].relation) for event in events)
 
