@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import record
 
-from fl_app import lora, wire
+from fl_app import lora, wire, wire_arrays
 from fl_app.lora import LoraSpec
 from fl_app.privacy.accountants import pld
 from fl_app.types import Adapter, AdapterRelease, Broadcast, DpReceipt, Hello, LoraFactors, PoissonGaussian, Upload
@@ -80,7 +80,7 @@ def measure() -> dict[str, Any]:
     )
     content = wire.pack_reply(sent)
     del sent
-    payload = wire.num_bytes(content)
+    payload = wire_arrays.num_bytes(content)
 
     def read() -> Any:
         return wire.unpack_reply(content, spec)

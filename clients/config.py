@@ -10,6 +10,7 @@ from pydantic import Field
 
 from clients.learners import AnyLearner
 from clients.stages import PublicConstants
+from clients.survey import SurveySection
 from fl_app.config import Section, Tree, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.hash_chain import canonical
@@ -26,9 +27,13 @@ class ProbeSection(Section):
 
 
 class ClientSection(Section):
-    """[client]: what the server asks of every site. `epsilon` is the most one run may spend of a site's budget."""
+    """[client]: what the server asks of every site. `epsilon` is the most one run may spend of a site's budget.
+
+    `survey`, when the table is there, is what a site counts once in a run, beside the learner's releases.
+    """
 
     learner: AnyLearner
+    survey: SurveySection | None = None
     probe: ProbeSection = ProbeSection()
     epsilon: Annotated[float, Field(gt=0)] = 1e6
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from clients.stages import PublicConstants, Workbench
     from fl_app.sequences import TokenSequence
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, ReleaseKind
 
 
 class DpStepsSection(Section):
@@ -63,8 +63,9 @@ class DpAdapterLearner:
 
     section: DpStepsSection
     trains: tuple[Literal["a", "b"], ...]
-    release_kind: str = "adapter"
+    release_kind: ReleaseKind = "adapter"
     private: bool = True
+    noise: float | None = None
 
     @property
     def steps(self) -> int:
@@ -76,27 +77,32 @@ class DpAdapterLearner:
         """L2 bound on one unit's contribution to one step."""
         return self.section.clip_norm
 
-    def announce(self, constants: PublicConstants, noise_multiplier: float) -> DpReceipt:
+    def announce(self, constants: PublicConstants, noise: float) -> tuple[DpReceipt, ...]:
         """Return the receipt of one round."""
         event = PoissonGaussian(
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=noise,
             sample_rate=constants.sample_rate,
             steps=self.section.steps,
             clip_norm=self.section.clip_norm,
         )
-        return DpReceipt(event=event, unit=constants.unit)
+        return (DpReceipt(event=event, unit=constants.unit),)
 
     def __call__(
-        self, rows: PrivateRows, start: Adapter, receipt: DpReceipt | None, constants: PublicConstants, bench: Workbench
+        self,
+        rows: PrivateRows,
+        start: Adapter,
+        receipts: tuple[DpReceipt, ...],
+        constants: PublicConstants,
+        bench: Workbench,
     ) -> AdapterRelease:
         """Return the trained adapter.
 
-        Guarantee: `receipt`, for units of `constants.unit`, under add-or-remove of one unit.
-        Raises: PolicyRefusal when the receipt is not one that this learner announced.
+        Guarantee: `receipts`, for units of `constants.unit`, under add-or-remove of one unit.
+        Raises: PolicyRefusal when the receipts are not those that this learner announced.
         """
-        event = receipt.event if receipt else None
-        if not isinstance(event, PoissonGaussian) or receipt != self.announce(constants, event.noise_multiplier):
-            raise PolicyRefusal(f"receipt {receipt} was not announced by this learner")
+        event = receipts[0].event if receipts else None
+        if not isinstance(event, PoissonGaussian) or receipts != self.announce(constants, event.noise_multiplier):
+            raise PolicyRefusal(f"receipts {receipts} were not announced by this learner")
         units = encoded_units(rows, self.section.learns, constants, bench)
         model = lora.attach(bench.model, start)
         for name, weight in lora.parameters(model).items():

@@ -17,6 +17,7 @@ from fl_app.sequences import WIDTH_STEP
 if TYPE_CHECKING:
     from clients.config import SitePolicy
     from clients.stages import Learner
+    from clients.survey import Survey
     from fl_app.config import RunSection
     from fl_app.models import FrozenModel
 
@@ -26,6 +27,7 @@ class Request:
     """What a server asks for, as far as a policy looks at it. An empty `base` or `config_digest` is not known yet."""
 
     learner: Learner
+    survey: Survey | None
     run: RunSection
     round_number: int
     base: str
@@ -42,10 +44,14 @@ def check(policy: SitePolicy, request: Request) -> None:
 def objections(policy: SitePolicy, request: Request) -> list[str]:
     """Return every rule of the policy that refuses the request, in the order of `site.toml`'s own keys."""
     limits, learner, run = policy.limits, request.learner, request.run
+    kinds = (learner.release_kind, *(request.survey.release_kinds if request.survey else ()))
     rules = (
-        (
-            learner.release_kind not in limits.release_kinds,
-            f"release kind {learner.release_kind!r} is not allowed; site.toml: {limits.release_kinds}",
+        *(
+            (
+                kind not in limits.release_kinds,
+                f"release kind {kind!r} is not allowed; site.toml: {limits.release_kinds}",
+            )
+            for kind in dict.fromkeys(kinds)
         ),
         (
             not learner.private and not limits.non_private,

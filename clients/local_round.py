@@ -23,7 +23,7 @@ from clients import gate, outbox, spending
 from clients.private_rows import read_private_rows
 from clients.site import Site, public_head
 from clients.stages import Workbench
-from fl_app import inference, journal, lora, models
+from fl_app import inference, journal, lora, models, releases
 from fl_app.errors import (
     AdapterMismatch,
     AuditBroken,
@@ -137,10 +137,12 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     policy = site.policy
     site.note_policy(policy)
     learner = asked.learner.build()
+    survey = asked.survey.build() if asked.survey else None
     gate.check(
         policy,
         gate.Request(
             learner=learner,
+            survey=survey,
             run=shared.run,
             round_number=broadcast.round,
             base=broadcast.adapter.base,
@@ -156,18 +158,17 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     _check_whole(site, ledger, broadcast)
     resend = _resend(site, policy, ledger, broadcast)
     if resend is not None:
-        note("resent", object_sha256=outbox.sha256_of(resend.release))
+        note("resent", object_sha256=releases.sha256(resend.release, resend.survey))
         return resend
 
     book = ledger.book()
     renyi = book.settle(policy.privacy.composition, epsilon=policy.privacy.epsilon, delta=policy.privacy.delta)
-    receipt, budget = None, math.inf
+    cost = spending.NOTHING
     if learner.private:
         asking = spending.Round(
             run=broadcast.run, number=broadcast.round, rounds=shared.run.rounds, epsilon=asked.epsilon
         )
-        cost = spending.announced(policy, book, renyi, learner, asking)
-        receipt, budget = cost.receipt, cost.budget
+        cost = spending.announced(policy, book, renyi, learner, survey, asking)
     frozen = models.load(shared.model.name, shared.model.dtype)
     lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
     gate.check_length(policy, frozen)
@@ -179,11 +180,12 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     reservation = ledger.reserve(
         run=broadcast.run,
         round_number=broadcast.round,
-        receipts=[receipt or no_noise(policy.privacy.unit)],
-        epsilon=budget,
+        receipts=cost.receipts or (no_noise(policy.privacy.unit),),
+        epsilon=cost.budget,
         delta=policy.privacy.delta,
         renyi=renyi,
-        promise=policy.privacy.epsilon if receipt else math.inf,
+        promise=policy.privacy.epsilon if cost.receipts else math.inf,
+        sides=cost.sides,
         policy_id=policy.id,
         audit=seen,
     )
@@ -193,15 +195,20 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         codes=codes,
         noise=_noise(policy, shared, entry=reservation.stream),
         system=shared.model.system,
+        material=broadcast.material,
+        secret=_secret(policy, shared, ledger),
     )
-    release = learner(rows, broadcast.adapter, receipt, policy.public_constants(), bench)
+    constants = policy.public_constants()
+    release = learner(rows, broadcast.adapter, cost.every, constants, bench)
+    surveyed = survey(rows, constants, bench) if survey and cost.surveys else None
     del rows, bench
     note("trained", ledger_seq=reservation.seq)
     sha256 = outbox.put(
         site.outbox,
         run=broadcast.run,
         round_number=broadcast.round,
-        adapter=release.adapter,
+        release=release,
+        survey=surveyed,
         base_name=shared.model.name,
         reservation=reservation,
     )
@@ -213,10 +220,11 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         site=policy.site.name,
         round=broadcast.round,
         release=release,
-        receipts=(receipt,) if receipt else None,
+        receipts=cost.receipts or None,
         spent=ledger.spent(policy.privacy.delta),
         run=broadcast.run,
         head=public_head(ledger, policy),
+        survey=surveyed,
     )
     note("sent", object_sha256=sha256, ledger_seq=committed)
     return upload
@@ -256,7 +264,7 @@ def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast
     found = ledger.book().last_made(broadcast.run, broadcast.round)
     if found is None:
         return None
-    release = outbox.get(site.outbox, run=broadcast.run, round_number=broadcast.round, sha256=found.sha256)
+    release, survey = outbox.get(site.outbox, run=broadcast.run, round_number=broadcast.round, sha256=found.sha256)
     return Upload(
         site=policy.site.name,
         round=broadcast.round,
@@ -265,6 +273,7 @@ def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast
         spent=ledger.spent(policy.privacy.delta),
         run=broadcast.run,
         head=public_head(ledger, policy),
+        survey=survey,
     )
 
 
@@ -276,6 +285,13 @@ def _noise(policy: SitePolicy, shared: SharedConfig, *, entry: int) -> NoiseSour
     if shared.run.mode == "simulation":
         return SimulatedNoise(stream(shared.run.seed, "noise", policy.site.name, entry))
     return SecureNoise()
+
+
+def _secret(policy: SitePolicy, shared: SharedConfig, ledger: Ledger) -> bytes:
+    """Return what nobody outside can guess and what stays the same on this ledger; seeded in a simulation."""
+    if shared.run.mode == "simulation":
+        return stream(shared.run.seed, "secret", policy.site.name).bytes(32)
+    return ledger.secret()
 
 
 def _code(error: StillroomError) -> RefusalCode:

@@ -1,8 +1,8 @@
 """What a site has released, kept on its own disk: a resend comes from here, never from a second training.
 
-Each release is a folder that appears as a whole, adapter and `manifest.json` together:
+Each release is a folder that appears as a whole, its files (`fl_app.releases`) and `manifest.json` together:
 
-    {"id": reservation, "ledger_seq": its line, "round", "run", "sha256": the adapter's}
+    {"id": reservation, "ledger_seq": its line, "round", "run", "sha256": the release's}
 
 So the outbox is the ledger's witness. A folder is made after its reservation is on disk and before anything leaves; a
 ledger that does not hold the reservation of a folder is an older copy, whoever put it back, and with whatever `.next`.
@@ -20,10 +20,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fl_app import lora
-from fl_app.errors import LedgerCorrupt
+from fl_app import releases
+from fl_app.errors import LedgerCorrupt, RunInvalid
 from fl_app.privacy.chain import WAY_OUT, Committed, Reserved
-from fl_app.types import AdapterRelease
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,21 +30,28 @@ if TYPE_CHECKING:
 
     from fl_app.privacy.chain import Entry
     from fl_app.privacy.ledger import Reservation
-    from fl_app.types import Adapter, Release
+    from fl_app.types import Release, VectorRelease
 
 MANIFEST = "manifest.json"
 
 
 def put(
-    outbox: Path, *, run: str, round_number: int, adapter: Adapter, base_name: str, reservation: Reservation
+    outbox: Path,
+    *,
+    run: str,
+    round_number: int,
+    release: Release,
+    survey: VectorRelease | None,
+    base_name: str,
+    reservation: Reservation,
 ) -> str:
     """Write the release of one round as a whole and return its hash."""
     target = _place(outbox, run, round_number)
     for place in (outbox, target.parent):
         place.mkdir(exist_ok=True, mode=0o700)
     folder = Path(tempfile.mkdtemp(dir=target.parent))
-    sha256 = lora.sha256(adapter)
-    lora.save_peft(adapter, folder, base_name=base_name)
+    sha256 = releases.sha256(release, survey)
+    releases.save(release, survey, folder, base_name=base_name)
     manifest = {
         "id": reservation.id,
         "ledger_seq": reservation.seq,
@@ -67,18 +73,21 @@ def put(
     return sha256
 
 
-def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> AdapterRelease:
-    """Return the release that the ledger committed as `sha256`.
+def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> tuple[Release, VectorRelease | None]:
+    """Return the release that the ledger committed as `sha256`, and the survey beside it if there was one.
 
     Raises: LedgerCorrupt when it is gone or is not what was committed.
     """
     place = _place(outbox, run, round_number)
-    if not (place / "adapter_config.json").is_file():
-        raise LedgerCorrupt(f"round {round_number} of run {run} was committed, but {place} is gone; restore it")
-    adapter = lora.load_peft(place)
-    if lora.sha256(adapter) != sha256:
+    try:
+        release, survey = releases.load(place)
+    except RunInvalid:
+        raise LedgerCorrupt(
+            f"round {round_number} of run {run} was committed, but {place} is gone; restore it"
+        ) from None
+    if releases.sha256(release, survey) != sha256:
         raise LedgerCorrupt(f"{place} is not the release committed as {sha256[:12]}; restore it from a backup")
-    return AdapterRelease(adapter=adapter)
+    return release, survey
 
 
 def check_witnesses(outbox: Path, entries: Sequence[Entry]) -> None:
@@ -101,12 +110,6 @@ def check_witnesses(outbox: Path, entries: Sequence[Entry]) -> None:
                 f"{place.parent} was released, but the ledger {'knows another' if known else 'does not know it'}: the "
                 f"ledger was rolled back; {WAY_OUT}"
             )
-
-
-def sha256_of(release: Release) -> str:
-    """Return the hash of an adapter's release."""
-    assert isinstance(release, AdapterRelease)
-    return lora.sha256(release.adapter)
 
 
 def _place(outbox: Path, run: str, round_number: int) -> Path:

@@ -23,8 +23,11 @@ from fl_app.privacy.ledger import peek
 from fl_app.privacy.statement import HELD, SCHEDULE, of_receipts, of_site, rounded_up
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from clients.config import ClientSection, SitePolicy
     from clients.site import Site
+    from clients.spending import Announced
     from fl_app.config import SharedConfig
     from fl_app.privacy.chain import Entry
     from fl_app.privacy.renyi_filter import RenyiFilter
@@ -101,7 +104,10 @@ def forecast(site: Site, shared: SharedConfig, asked: ClientSection, config_dige
         site.check_place(policy)
     except StillroomError as error:
         refusals.append(str(error))
-    request = gate.Request(learner=learner, run=shared.run, round_number=1, base=base, config_digest=config_digest)
+    survey = asked.survey.build() if asked.survey else None
+    request = gate.Request(
+        learner=learner, survey=survey, run=shared.run, round_number=1, base=base, config_digest=config_digest
+    )
     refusals += gate.objections(policy, request)
     book = peek(site.ledger_path) or Book(entries=[])
     if book.entries:
@@ -118,6 +124,7 @@ def forecast(site: Site, shared: SharedConfig, asked: ClientSection, config_dige
             book,
             renyi,
             learner,
+            survey,
             spending.Round(run="", number=1, rounds=shared.run.rounds, epsilon=asked.epsilon),
         )
     except StillroomError as error:
@@ -125,13 +132,13 @@ def forecast(site: Site, shared: SharedConfig, asked: ClientSection, config_dige
         words = of_site(delta=privacy.delta, unit=privacy.unit, composition=privacy.composition).words()
         said = f"site {name} stands at epsilon {now} of {privacy.epsilon:g} {words}; this run would not begin"
         return Forecast(words=(said,), refusals=(*refusals, str(error)))
-    return Forecast(words=tuple(_cost(policy, book, renyi, cost.receipt, shared.run.rounds)), refusals=tuple(refusals))
+    return Forecast(words=tuple(_cost(policy, book, renyi, cost, shared.run.rounds)), refusals=tuple(refusals))
 
 
-def _cost(policy: SitePolicy, book: Book, renyi: RenyiFilter | None, receipt: DpReceipt, rounds: int) -> list[str]:
+def _cost(policy: SitePolicy, book: Book, renyi: RenyiFilter | None, cost: Announced, rounds: int) -> list[str]:
     """Return what a run of `rounds` such rounds would do, in words."""
     privacy = policy.privacy
-    after = Book(entries=[*book.entries, *_imagined(book, [receipt] * rounds)])
+    after = Book(entries=[*book.entries, *_imagined(book, cost.run(rounds))])
     promised = after.promise(privacy.composition, epsilon=privacy.epsilon, delta=privacy.delta)
     statement = of_receipts(
         after.receipts, delta=privacy.delta, accountant=f"{pld.label()}, {HELD[promised.composition]}"
@@ -140,19 +147,20 @@ def _cost(policy: SitePolicy, book: Book, renyi: RenyiFilter | None, receipt: Dp
     words = [
         f"this run would take site {policy.site.name} from {before} to {total} of {privacy.epsilon:g} "
         + statement.words(),
-        f"{rounds} rounds of {planning.describe(receipt)}",
+        f"{rounds} rounds of {', '.join(map(planning.describe, cost.every))}"
+        + "".join(f", once {planning.describe(receipt)}" for receipt in cost.once),
     ]
     if renyi is None and not book.reserved:
         words.append(
             f"it would fix the schedule: every later run on this ledger goes on with "
-            f"{planning.describe(planning.one_step(receipt))}, or under a Renyi filter at twice the delta"
+            f"{planning.describe(planning.one_step(cost.every[0]))}, or under a Renyi filter at twice the delta"
         )
     if promised.delta > privacy.delta:
         words.append(_doubled(promised.epsilon, promised.delta))
     return words
 
 
-def _imagined(book: Book, receipts: list[DpReceipt]) -> list[Entry]:
+def _imagined(book: Book, receipts: Sequence[DpReceipt]) -> list[Entry]:
     """Return reservations as they would follow, for reckoning alone."""
     first = len(book.entries)
     return [
@@ -178,8 +186,9 @@ def _lines(book: Book, delta: float) -> list[str]:
             case Header():
                 told = f"ledger of data set {entry.dataset[:12]}, per {entry.unit}"
             case Planned():
+                beside = "".join(f" and {planning.describe(side)}" for side in entry.plan.sides)
                 told = (
-                    f"schedule fixed to {planning.describe(entry.plan.mechanism)}, within epsilon "
+                    f"schedule fixed to {planning.describe(entry.plan.mechanism)}{beside}, within epsilon "
                     f"{entry.plan.epsilon:g} at delta {entry.plan.delta:g}"
                 )
             case Filtered():
@@ -214,7 +223,7 @@ def _summary(book: Book, policy: SitePolicy) -> list[str]:
     if book.renyi is not None:
         words.append(f"{book.renyi.label()}: {book.renyi.used(book.receipts):.1%} of its budget is used")
     elif (held := book.mechanism) is not None:
-        left = _steps_left(book, held, privacy.epsilon, privacy.delta)
+        left = _steps_left(_in_full(book), held, privacy.epsilon, privacy.delta)
         words.append(f"left: {left} more steps of {planning.describe(held)}, {SCHEDULE}")
     if promised.delta > privacy.delta:
         words.append(_doubled(promised.epsilon, promised.delta))
@@ -228,11 +237,16 @@ def _doubled(epsilon: float, delta: float) -> str:
     )
 
 
-def _steps_left(book: Book, held: DpReceipt, epsilon: float, delta: float) -> int:
+def _in_full(book: Book) -> tuple[DpReceipt, ...]:
+    """Return what was reserved, with what the plan holds beside its mechanism counted in full."""
+    return book.plan.in_full(book.receipts) if book.plan is not None else book.receipts
+
+
+def _steps_left(receipts: Sequence[DpReceipt], held: DpReceipt, epsilon: float, delta: float) -> int:
     """Return how many more steps of the planned mechanism fit, by bisection on what the ledger itself computes."""
 
     def fits(steps: int) -> bool:
-        return pld.epsilon([*book.receipts, *([planning.repeated(held, steps)] if steps else [])], delta) <= epsilon
+        return pld.epsilon([*receipts, *([planning.repeated(held, steps)] if steps else [])], delta) <= epsilon
 
     if not fits(0):
         return 0

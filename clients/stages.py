@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from fl_app.types import Material
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from fl_app.models import FrozenModel
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Adapter, DpReceipt, Material, Release, ReleaseKind
+    from fl_app.types import Adapter, DpReceipt, Release, ReleaseKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Workbench:
     codes: Mapping[str, str]
     noise: NoiseSource
     system: str
-    material: Material
+    material: Material = field(default_factory=Material)
     secret: bytes = b""
 
 

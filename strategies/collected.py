@@ -12,9 +12,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from fl_app import journal, lora
+from fl_app import journal, releases
 from fl_app.privacy.events import receipt_from_dict, receipt_to_dict
-from fl_app.types import AdapterRelease, Refusal, Upload
+from fl_app.types import Refusal, Upload
 from strategies.validate import Rejection, broken_rule, cost_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fl_app.lora import LoraSpec
-    from fl_app.types import Broadcast
+    from fl_app.types import Broadcast, ReleaseSpec
     from strategies.reach import UpdateCap
     from strategies.spending import Spending
 
@@ -43,6 +43,10 @@ class Collected:
     bytes_down: Mapping[str, int]
     seconds: float
     strays: tuple[Rejection, ...] = ()
+
+
+NOBODY = Collected(uploads=(), refusals=(), broken={}, silent=(), asked=0, bytes_up={}, bytes_down={}, seconds=0.0)
+"""The wave of a round in which no site is asked for anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,8 +71,8 @@ class Judged:
 
 
 def needed(asked: int, quorum: float) -> int:
-    """Return how many of `asked` a quorum is; 0.07 of 100 is 7, whatever floats say."""
-    return max(1, math.ceil(asked * quorum - 1e-9))
+    """Return how many of `asked` a quorum is; 0.07 of 100 is 7, whatever floats say. Nobody asked, nobody needed."""
+    return max(1, math.ceil(asked * quorum - 1e-9)) if asked else 0
 
 
 def judge(
@@ -76,6 +80,7 @@ def judge(
     *,
     broadcast: Broadcast,
     spec: LoraSpec,
+    asked: ReleaseSpec,
     spending: Spending,
     seen: Mapping[str, str],
     cap: UpdateCap | None,
@@ -93,6 +98,7 @@ def judge(
             upload,
             broadcast=broadcast,
             spec=spec,
+            asked=asked,
             site=hello,
             cap=cap,
             earlier=spending.receipts.get(upload.site, ()),
@@ -101,8 +107,7 @@ def judge(
         )
         if broken is None:
             sound.append(upload)
-            assert isinstance(upload.release, AdapterRelease)
-            known[lora.sha256(upload.release.adapter)] = f"the release of {upload.site}"
+            known[releases.sha256(upload.release, upload.survey)] = f"the release of {upload.site}"
             continue
         rejected[upload.site] = broken
         if hello is not None:  # released all the same, and nobody will use it
@@ -143,9 +148,8 @@ def release_folder(folder: Path, site: str) -> Path:
 
 def write_release(folder: Path, upload: Upload, *, base_name: str) -> Path:
     """Write a sound release and its receipts into a round's directory and return where."""
-    assert isinstance(upload.release, AdapterRelease)
     place = release_folder(folder, upload.site)
-    lora.save_peft(upload.release.adapter, place, base_name=base_name)
+    releases.save(upload.release, upload.survey, place, base_name=base_name)
     receipts = upload.receipts
     told = None if receipts is None else [receipt_to_dict(receipt) for receipt in receipts]
     journal.write_json(place / "receipts.json", told)
@@ -186,12 +190,14 @@ def from_json(value: Mapping[str, Any], folder: Path, *, seconds: float) -> Judg
 
 def _upload(told: Mapping[str, Any], place: Path) -> Upload:
     receipts = cast("list[dict[str, Any]] | None", json.loads((place / "receipts.json").read_text(encoding="utf-8")))
+    release, survey = releases.load(place)
     return Upload(
         site=told["site"],
         round=told["round"],
-        release=AdapterRelease(adapter=lora.load_peft(place)),
+        release=release,
         receipts=None if receipts is None else tuple(receipt_from_dict(receipt) for receipt in receipts),
         spent=float(told["spent"]),
         run=told["run"],
         head=told["head"],
+        survey=survey,
     )

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from fl_app import journal, lora, models, text
 from fl_app.audit_log import AuditLog
@@ -31,7 +31,8 @@ from strategies.tuners import AnyTuner
 if TYPE_CHECKING:
     from fl_app.lora import LoraSpec
     from fl_app.models import FrozenModel
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, ReleaseKind, ReleaseSpec
+    from strategies.reach import UpdateCap
 
 
 class NetworkSection(Section):
@@ -169,9 +170,54 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
         tree=tree,
         start=_start(shared, spec),
         quorum=server.network.quorum,
+        survey=_survey(tree, stages.synthesizer.asks),
         accept_non_private=server.accept_non_private,
-        cap=read_cap(tree.get("client", {}).get("learner", {}), largest=server.max_update_norm),
+        cap=_cap(tree, server, stages.synthesizer.asks),
     )
+
+
+RELEASED: dict[str, ReleaseKind] = {
+    "dp_lora": "adapter",
+    "dp_ffa_lora": "adapter",
+    "plain_lora": "adapter",
+}
+"""What every kind of learner sends. The server cannot import them; a test holds this table to their union."""
+
+
+def _cap(tree: Tree, server: ServerSection, asks: ReleaseSpec) -> UpdateCap | None:
+    """Return the cap on an adapter's update; None for other releases.
+
+    Raises: ConfigInvalid when the sites' learner does not send what the synthesizer writes from.
+    """
+    learner = tree.get("client", {}).get("learner", {})
+    kind = learner.get("kind") if isinstance(learner, dict) else None
+    sent = RELEASED.get(str(kind))
+    if asks.kind is not None and sent is not None and sent != asks.kind:
+        fitting = [name for name, release in RELEASED.items() if release == asks.kind]
+        raise ConfigInvalid(
+            f"client.learner.kind = {kind!r} sends {sent}, server.synthesizer.kind = {server.synthesizer.kind!r} "
+            f"writes from {asks.kind}; learners that send it: {', '.join(fitting)}"
+        )
+    return read_cap(learner, largest=server.max_update_norm) if asks.kind == "adapter" else None
+
+
+def _survey(tree: Tree, asks: ReleaseSpec) -> dict[str, int]:
+    """Return the names and lengths of what the sites count once in a run. Raises: ConfigInvalid."""
+    told = tree.get("client", {}).get("survey")
+    if told is None:
+        return {}
+    survey = parse(_Survey, told, where="client.survey")
+    if survey.codes and not asks.codes:
+        raise ConfigInvalid("client.survey.codes counts control codes, and server.synthesizer has none; leave it out")
+    return {"codes": len(asks.codes)} if survey.codes else {}
+
+
+class _Survey(Section):
+    """What the server reads of [client.survey]; the site reads all of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    codes: bool = True
 
 
 TEXT_BYTES = 4 << 20

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
-from fl_app import wire
+from fl_app import wire, wire_arrays
 from fl_app.errors import StillroomError, WireViolation
 from fl_app.types import Probe, Refusal, Upload
 from strategies.cohort import Cohort, exchange, gather, refresh
-from strategies.collected import Collected
+from strategies.collected import NOBODY, Collected
 from strategies.summary import write_summary
 from strategies.validate import Rejection, unreadable
 
@@ -85,8 +85,11 @@ class Knowledge(Strategy):
         """Play one round and return the new target; no site is asked for what was collected before."""
         if self.pipeline.has_collected(number):
             self.pipeline.play(number)
+        elif self.pipeline.asked.kind is None:  # public text alone: no site has anything to say
+            self.pipeline.play(number, NOBODY)
         else:
             self._look_again(grid)
+            self.pipeline.prepare(number)
             messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
             self.pipeline.play(number, self._collect(number, self._wave(grid, "train", number, messages)))
         return self._target(number)
@@ -158,7 +161,7 @@ class Knowledge(Strategy):
 
     def _to_all(self, number: int, kind: str) -> list[Message]:
         content = wire.pack_broadcast(self.pipeline.broadcast(number))
-        self._bytes_down = wire.num_bytes(content)
+        self._bytes_down = wire_arrays.num_bytes(content)
         ttl = self.network.reply_timeout_s
         heads = self.pipeline.spending.heads
         return [
@@ -239,7 +242,7 @@ class Knowledge(Strategy):
         first, strays = self._sorted_out(number, replies)
         for site, message in first.items():
             if not message.has_error():
-                bytes_up[site] = wire.num_bytes(message.content)
+                bytes_up[site] = wire_arrays.num_bytes(message.content)
             reply = self._read(site, number, message)
             if isinstance(reply, Rejection):
                 broken[site] = reply
@@ -265,7 +268,8 @@ class Knowledge(Strategy):
         if message.has_error():
             return _error(site, message)
         try:
-            reply = wire.unpack_reply(message.content, self.pipeline.spec)
+            bins = self.pipeline.bins(number)
+            reply = wire.unpack_reply(message.content, self.pipeline.spec, self.pipeline.asked, bins)
         except WireViolation as error:
             return unreadable(site, error)
         if isinstance(reply, Refusal) and reply.site == "unnamed":

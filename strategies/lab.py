@@ -17,12 +17,12 @@ import numpy as np
 from fl_app import inference, lora, models
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from fl_app.inference import Likelihood
     from fl_app.models import FrozenModel
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, VectorRelease
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -62,6 +62,11 @@ class ServerModels(Protocol):
     @property
     def public_words(self) -> frozenset[str]:
         """Lower-case words of the public text: never personal data."""
+        ...
+
+    @property
+    def surveys(self) -> Mapping[str, VectorRelease]:
+        """What every site that was ever sound counted and summed, by site; filled in the first round."""
         ...
 
     @property
@@ -158,6 +163,7 @@ class Lab:
         self.local = local
         self.directory = directory
         self.public_words = public_words
+        self.surveys: Mapping[str, VectorRelease] = {}
         self.threads = threads
         self.system = system
         self.progress: Callable[[int, int], None] = lambda _done, _total: None

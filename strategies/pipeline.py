@@ -15,6 +15,7 @@ whose release has no receipts, which only `server.accept_non_private` lets in, h
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections import Counter
@@ -22,12 +23,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fl_app import journal, lora
+from fl_app import journal, lora, releases
 from fl_app.errors import RoundFailed
 from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_site
 from fl_app.seeds import stream
-from fl_app.types import AdapterRelease, Broadcast, Merged, RoundRecord
+from fl_app.types import Broadcast, Material, Merged, RoundRecord
 from strategies import readback
 from strategies.collected import from_json, judge, needed, to_json, too_few, write_release
 from strategies.spending import NON_PRIVATE
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from fl_app.config import SharedConfig
     from fl_app.journal import Journal
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, Draft, Hello, Lesson, Score
+    from fl_app.types import Adapter, Draft, Hello, Lesson, ReleaseSpec, Score, VectorRelease
     from strategies.checkpoint import Checkpoint, Done
     from strategies.collected import Collected, Judged
     from strategies.exam import Exam
@@ -92,6 +93,7 @@ class Pipeline:
     tree: dict[str, Any]
     start: Adapter
     quorum: float
+    survey: Mapping[str, int] = field(default_factory=dict[str, int])
     accept_non_private: bool = False
     cap: UpdateCap | None = None
     target: Adapter = field(init=False)
@@ -102,6 +104,8 @@ class Pipeline:
     unready: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     restored_s: float = 0.0
+    materials: dict[int, Material] = field(default_factory=dict)
+    surveys: dict[str, VectorRelease] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.target = self.start
@@ -150,7 +154,40 @@ class Pipeline:
 
     def broadcast(self, number: int) -> Broadcast:
         """Return what every site gets at the start of round `number`."""
-        return Broadcast(run=self.run, round=number, adapter=self.target, config_digest=self.config_digest)
+        return Broadcast(
+            run=self.run,
+            round=number,
+            adapter=self.target,
+            config_digest=self.config_digest,
+            material=self.materials.get(number, Material()),
+        )
+
+    @property
+    def asked(self) -> ReleaseSpec:
+        """What every site is asked for in a round: what the synthesizer writes from, and the survey."""
+        return dataclasses.replace(self.stages.synthesizer.asks, survey=self.survey)
+
+    def bins(self, number: int) -> tuple[str, ...]:
+        """Return the names of a histogram's counts in round `number`: the texts that the sites were sent, in order."""
+        return readback.bins(self.materials.get(number, Material()).texts)
+
+    def prepare(self, number: int) -> Material:
+        """Return, and keep for the broadcast, what the sites need to answer round `number`.
+
+        Nothing where they send adapters or are not asked at all.
+        """
+        if self.asked.kind in {"adapter", None}:
+            return Material()
+        folder = self.journal.round(number)
+
+        def work() -> Made:
+            made = self.stages.synthesizer.prepare(self.target, self.kept, self._rng("prepare", number), number)
+            readback.write_material(made, folder / "material")
+            return Made(files=[folder / "material"])
+
+        self._phase(number, "prepare", {}, work)
+        self.materials[number] = readback.material(folder / "material")
+        return self.materials[number]
 
     def play(self, number: int, collected: Collected | None = None) -> RoundRecord:
         """Run the server's part of one round and return its record. `collected` is not needed where it was before.
@@ -160,9 +197,11 @@ class Pipeline:
         """
         seconds: dict[str, float] = {}
         folder = self.journal.round(number)
+        material = self.prepare(number)
         judged = self._judge(number, collected, folder, seconds)
         merged = self._aggregate(number, judged, folder, seconds)
-        drafts = self._synthesise(number, Voices.of(merged, judged.sound), folder, seconds)
+        voices = Voices.of(merged, judged.sound, surveys=self.surveys, material=material)
+        drafts = self._synthesise(number, voices, folder, seconds)
         kept, dropped = self._screen(number, drafts, folder, seconds)
         lessons = self._distil(number, kept, folder, seconds)
         target = self._tune(number, lessons, folder, seconds)
@@ -208,6 +247,7 @@ class Pipeline:
                 collected,
                 broadcast=self.broadcast(number),
                 spec=self.spec,
+                asked=self.asked,
                 spending=self.spending,
                 seen=self.spending.adapters(self.start, self.records),
                 cap=self.cap,
@@ -219,8 +259,7 @@ class Pipeline:
                 raise RoundFailed(too_few(number, judged, need, self.unready.values()))
             shutil.rmtree(folder / "releases", ignore_errors=True)  # of an attempt that was stopped
             for upload in judged.sound:
-                assert isinstance(upload.release, AdapterRelease)
-                self.note("release_taken", number, object_sha256=lora.sha256(upload.release.adapter))
+                self.note("release_taken", number, object_sha256=releases.sha256(upload.release, upload.survey))
             for broken in judged.rejected.values():
                 self.note("release_rejected", number, outcome="rejected", code=broken.rule)
             base_name = self.shared.model.name
@@ -231,11 +270,13 @@ class Pipeline:
         seconds["train"] = seconds.pop("validate")
         judged = from_json(done.value, folder, seconds=done.seconds)
         self.spending.enter(number, judged)
+        self.surveys |= {upload.site: upload.survey for upload in judged.sound if upload.survey is not None}
+        self.lab.surveys = dict(sorted(self.surveys.items()))
         return judged
 
     def _aggregate(self, number: int, judged: Judged, folder: Path, seconds: dict[str, float]) -> Merged:
         def work() -> Made:
-            merged = self.stages.aggregator(judged.sound, self.broadcast(number))
+            merged = self._merged(number, judged)
             lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
             cost = merged.cost
             told = cost and {**asdict(cost), "receipt": receipt_to_dict(cost.receipt)}
@@ -253,6 +294,12 @@ class Pipeline:
             self.spending.tell(number, site, "rejected", code=rule)
         self.spending.charge(number, merged.cost)
         return merged
+
+    def _merged(self, number: int, judged: Judged) -> Merged:
+        """Return the aggregate of the adapters; releases of another kind leave the broadcast's adapter as it was."""
+        if self.asked.kind == "adapter":
+            return self.stages.aggregator(judged.sound, self.broadcast(number))
+        return Merged(adapter=self.target, used=tuple(upload.site for upload in judged.sound))
 
     def _synthesise(self, number: int, voices: Voices, folder: Path, seconds: dict[str, float]) -> tuple[Draft, ...]:
         path = folder / "drafts.jsonl"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fl_app import journal
+from fl_app import journal, releases
 from fl_app.privacy.events import receipt_from_dict
-from fl_app.types import ClientLevelCost, Draft, Hello, Lesson, Origin, Score
+from fl_app.types import ClientLevelCost, CodedText, Draft, Hello, Lesson, Material, Origin, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -21,6 +21,23 @@ def drafts(path: Path) -> tuple[Draft, ...]:
 def lessons(path: Path) -> tuple[Lesson, ...]:
     """Return the lessons of a JSON-lines file."""
     return tuple(Lesson(**row) for row in journal.read_lines(path))
+
+
+def bins(texts: Sequence[CodedText]) -> tuple[str, ...]:
+    """Return the names of the bins of a vote over texts: their numbers, in order."""
+    return tuple(str(number) for number in range(len(texts)))
+
+
+def write_material(material: Material, folder: Path) -> None:
+    """Write what the sites are sent in a round into a folder of its own."""
+    journal.write_lines(folder / "texts.jsonl", material.texts)
+    releases.save_vectors(material.vectors, folder / "vectors.safetensors")
+
+
+def material(folder: Path) -> Material:
+    """Return what the sites are sent in a round."""
+    texts = tuple(CodedText(code=row["code"], text=row["text"]) for row in journal.read_lines(folder / "texts.jsonl"))
+    return Material(texts=texts, vectors=releases.load_vectors(folder / "vectors.safetensors"))
 
 
 def score(told: Mapping[str, Any]) -> Score:

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fl_app import lora
+from fl_app import lora, releases
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.statement import of_receipts, rounded_up
-from fl_app.types import NO_HEAD, AdapterRelease
+from fl_app.types import NO_HEAD
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +110,6 @@ class Spending:
         self.journal.event("site", round=number, site=site, state=state, **budget, **fields)
 
     def _enter_release(self, number: int, upload: Upload, num_bytes: int) -> None:
-        assert isinstance(upload.release, AdapterRelease)
         receipts = upload.receipts
         if upload.head != NO_HEAD:
             self.heads[upload.site] = upload.head
@@ -123,9 +122,9 @@ class Spending:
             {
                 "site": upload.site,
                 "round": number,
-                "kind": upload.release.kind,
+                "kind": upload.release.kind + (" and survey" if upload.survey else ""),
                 "bytes": num_bytes,
-                "sha256": lora.sha256(upload.release.adapter),
+                "sha256": releases.sha256(upload.release, upload.survey),
                 "event": "; ".join(str(receipt.event) for receipt in receipts or ()) or "none",
                 "guarantee": f"this run so far ({rounded_up(self.epsilon(upload.site))}, {hello.delta:g})-DP per "
                 f"{hello.unit}, {receipts[0].relation}"

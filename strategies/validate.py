@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
-from fl_app import lora
+from fl_app import lora, releases
 from fl_app.errors import LedgerRefusal
 from fl_app.privacy.accountants import pld
 from fl_app.text import one_line
-from fl_app.types import AdapterRelease, PoissonGaussian
+from fl_app.types import AdapterRelease, HistogramRelease, PoissonGaussian, ReleaseSpec, VectorRelease
 from strategies.reach import norm
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-6
 """Relative slack between two computations of one epsilon on different machines."""
+
+ADAPTER = ReleaseSpec()
+"""What is asked when nothing is said."""
 
 MAX_RECEIPTS, MAX_STEPS = 8, 1_000_000
 """What one upload, and one site in one run, may ask this server to account for: seconds of work, far above any use."""
@@ -106,6 +109,7 @@ def broken_rule(
     broadcast: Broadcast,
     spec: LoraSpec,
     site: Hello | None,
+    asked: ReleaseSpec = ADAPTER,
     cap: UpdateCap | None = None,
     earlier: Sequence[DpReceipt] = (),
     seen: Mapping[str, str] | None = None,
@@ -117,7 +121,13 @@ def broken_rule(
     this run, and `seen` says by content hash what every adapter known from before is. `accept_non_private` takes a
     release without receipts, which must then say that its epsilon is infinite.
     """
-    if broken := _broken_address(upload, broadcast, site) or _broken_adapter(upload, broadcast, spec, cap):
+    broken = (
+        _broken_address(upload, broadcast, site)
+        or (None if upload.release.kind == asked.kind else _no(upload, "kind", _asked(upload, asked)))
+        or _broken_adapter(upload, broadcast, spec, cap)
+        or _broken_numbers(upload)
+    )
+    if broken:
         return broken
     assert site is not None  # an unknown site has broken a rule
     if upload.receipts is None and accept_non_private:
@@ -148,7 +158,7 @@ def _broken_address(upload: Upload, broadcast: Broadcast, site: Hello | None) ->
 def _broken_adapter(upload: Upload, broadcast: Broadcast, spec: LoraSpec, cap: UpdateCap | None) -> Rejection | None:
     """Return why a release cannot be an adapter that was trained from the broadcast."""
     if not isinstance(upload.release, AdapterRelease):
-        return _no(upload, "kind", f"{upload.release.kind} where an adapter is asked")
+        return None
     adapter = upload.release.adapter
     if found := lora.difference(adapter, spec):
         return _no(upload, cast("Rule", found.rule), found.reason, found.tensor)
@@ -166,19 +176,40 @@ def _broken_adapter(upload: Upload, broadcast: Broadcast, spec: LoraSpec, cap: U
     return None
 
 
+def _asked(upload: Upload, asked: ReleaseSpec) -> str:
+    return f"{upload.release.kind} where {'nothing' if asked.kind is None else asked.kind} is asked"
+
+
+def _broken_numbers(upload: Upload) -> Rejection | None:
+    """Return which array that is no factor of an adapter holds a number that is none."""
+    named = {f"survey.{name}": values for name, values in (upload.survey.vectors if upload.survey else {}).items()}
+    match upload.release:
+        case VectorRelease(vectors=vectors):
+            named |= vectors
+        case HistogramRelease(counts=counts):
+            named["counts"] = counts
+        case _:
+            pass
+    for name in sorted(named):
+        if not np.isfinite(named[name]).all():
+            return _no(upload, "finite", "holds NaN or infinity", name)
+    return None
+
+
 def _noiseless(
     upload: Upload, broadcast: Broadcast, cap: UpdateCap | None, seen: Mapping[str, str]
 ) -> Rejection | None:
     """Return why a release that is sound in shape can hold no noise of this round."""
-    assert isinstance(upload.release, AdapterRelease)
+    if before := seen.get(releases.sha256(upload.release, upload.survey)):
+        return _no(upload, "replay", f"is {before} once more; noise never comes twice")
+    if not isinstance(upload.release, AdapterRelease):
+        return None
     trained = list(_factors(upload.release.adapter, broadcast.adapter, ("a", "b") if cap is None else cap.trains))
     if all(np.array_equal(sent, began) for _, sent, began in trained):
         return _no(upload, "replay", "is the broadcast itself; a private release holds noise")
     for tensor, sent, _ in trained:
         if not max(sent.max(), -sent.min()) >= np.finfo(np.float32).tiny:
             return _no(upload, "zero", "holds zeros and denormals only; a private release holds noise", tensor)
-    if before := seen.get(lora.sha256(upload.release.adapter)):
-        return _no(upload, "replay", f"is {before} once more; noise never comes twice")
     return None
 
 

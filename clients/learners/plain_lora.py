@@ -25,7 +25,7 @@ from fl_app.types import AdapterRelease
 if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from clients.stages import Learner, PublicConstants, Workbench
-    from fl_app.types import Adapter, DpReceipt
+    from fl_app.types import Adapter, DpReceipt, ReleaseKind
 
 
 class PlainLora(Section):
@@ -48,8 +48,9 @@ class PlainLoraLearner:
     """A `Learner` without a receipt."""
 
     section: PlainLora
-    release_kind: str = "adapter"
+    release_kind: ReleaseKind = "adapter"
     private: bool = False
+    noise: float | None = None
     clip_norm: float = float("inf")
 
     @property
@@ -57,17 +58,23 @@ class PlainLoraLearner:
         """Steps of one round."""
         return self.section.steps
 
-    def announce(self, constants: PublicConstants, noise_multiplier: float) -> None:
+    def announce(self, constants: PublicConstants, noise: float) -> tuple[DpReceipt, ...]:
         """Return no receipt: no mechanism bounds what the release says."""
+        return ()
 
     def __call__(
-        self, rows: PrivateRows, start: Adapter, receipt: DpReceipt | None, constants: PublicConstants, bench: Workbench
+        self,
+        rows: PrivateRows,
+        start: Adapter,
+        receipts: tuple[DpReceipt, ...],
+        constants: PublicConstants,
+        bench: Workbench,
     ) -> AdapterRelease:
         """Return the trained adapter. Raises: PolicyRefusal for a receipt, which would promise what is not kept."""
         import torch
 
-        if receipt is not None:
-            raise PolicyRefusal(f"receipt {receipt} was not announced by this learner: plain LoRA has none")
+        if receipts:
+            raise PolicyRefusal(f"receipts {receipts} were not announced by this learner: plain LoRA has none")
         units = encoded_units(rows, self.section.learns, constants, bench)
         model = lora.attach(bench.model, start)
         weights = list(lora.parameters(model).values())

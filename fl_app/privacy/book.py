@@ -54,7 +54,10 @@ class Made:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One reservation as it is asked for. `epsilon` caps the whole ledger by PLD, `promise` is the policy's own."""
+    """One reservation as it is asked for. `epsilon` caps the whole ledger by PLD, `promise` is the policy's own.
+
+    `sides`: see `plan`; they count when this reservation writes the plan, and are ignored where there is one.
+    """
 
     run: str
     round_number: int
@@ -63,6 +66,7 @@ class Asked:
     delta: float
     promise: float
     renyi: RenyiFilter | None
+    sides: tuple[DpReceipt, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -188,13 +192,25 @@ class Book:
         plan = self.plan
         if plan is not None and self.reserved:
             plan.check_promise(epsilon=asked.promise, delta=asked.delta)
-            plan.check(asked.receipts)
+            plan.check(after)
+            self._require_room(plan, asked, after)
             return None
-        fresh = planning.fix(after, epsilon=asked.promise, delta=asked.delta)
+        fresh = planning.fix(after, epsilon=asked.promise, delta=asked.delta, sides=asked.sides)
+        self._require_room(fresh, asked, after)
         if fresh == plan:  # a crash came between the plan and its first reservation
             return None
         mechanism = receipt_to_dict(fresh.mechanism)
-        return {"kind": "plan", "epsilon": fresh.epsilon, "delta": fresh.delta, "mechanism": mechanism}
+        sides = {"sides": [receipt_to_dict(side) for side in fresh.sides]} if fresh.sides else {}
+        return {"kind": "plan", "epsilon": fresh.epsilon, "delta": fresh.delta, "mechanism": mechanism, **sides}
+
+    def _require_room(self, plan: Plan, asked: Asked, after: Sequence[DpReceipt]) -> None:
+        """Return when the plan's sides, counted in full, leave room for `after`. Raises: BudgetSpent."""
+        if not plan.sides:
+            return
+        full = plan.in_full(after)
+        total = pld.epsilon(full, asked.delta)
+        if not total <= min(asked.epsilon, asked.promise):
+            raise BudgetSpent(self._too_much(asked, full, total))
 
     def _check_filter(self, renyi: RenyiFilter | None) -> None:
         """Return when `renyi` is what `settle` makes of this ledger. Raises: LedgerRefusal."""

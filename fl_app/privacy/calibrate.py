@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from fl_app.errors import BudgetSpent, LedgerRefusal
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.events import check_delta
+from fl_app.privacy.plan import describe
 from fl_app.privacy.statement import of_receipts
 from fl_app.types import DpReceipt, PoissonGaussian
 
@@ -47,27 +48,46 @@ def noise_multiplier(
     ceiling: float,
     renyi: RenyiFilter | None = None,
 ) -> float:
-    """Return the smallest noise multiplier, to four decimals, with which `rounds` more rounds fit the budget.
+    """Return the smallest noise multiplier, to four decimals, with which `rounds` more rounds of DP-SGD fit the budget.
 
     Each round is PoissonGaussian(noise_multiplier, sample_rate, steps, clip_norm) for `unit`, on top of `past`.
-
-    Guarantee: pld.epsilon(past + rounds, delta) <= epsilon, and renyi.admits(past + rounds) where there is a filter,
-    both recomputed with the value returned; floor <= value <= ceiling. Less than 1e-4 of noise is given away by
-    rounding up.
-    Raises: BudgetSpent when even `ceiling` does not fit; LedgerRefusal for a value out of range or foreign units.
+    Guarantee, Raises: see `least_noise`.
     """
-    check_delta(delta)
-    if not (0 < epsilon < math.inf):
-        raise LedgerRefusal(f"epsilon = {epsilon!r} must be positive and finite")
     if isinstance(rounds, bool) or not rounds >= 1:
         raise LedgerRefusal(f"rounds = {rounds!r} must be at least 1")
-    lowest, highest = _ticks(floor, ceiling)
 
     def schedule(noise: float) -> list[DpReceipt]:
         event = PoissonGaussian(
             noise_multiplier=noise, sample_rate=sample_rate, steps=steps * rounds, clip_norm=clip_norm
         )
         return [DpReceipt(event=event, unit=unit)]
+
+    return least_noise(past, schedule, epsilon=epsilon, delta=delta, floor=floor, ceiling=ceiling, renyi=renyi)
+
+
+def least_noise(
+    past: Sequence[DpReceipt],
+    schedule: Callable[[float], Sequence[DpReceipt]],
+    *,
+    epsilon: float,
+    delta: float,
+    floor: float,
+    ceiling: float,
+    renyi: RenyiFilter | None = None,
+) -> float:
+    """Return the smallest noise, to four decimals, with which `schedule(noise)` fits the budget on top of `past`.
+
+    More noise must never cost more. What does not depend on it, such as a survey, may be part of the schedule.
+
+    Guarantee: pld.epsilon(past + schedule, delta) <= epsilon, and renyi.admits(past + schedule) where there is a
+    filter, both recomputed with the value returned; floor <= value <= ceiling. Less than 1e-4 of noise is given away by
+    rounding up.
+    Raises: BudgetSpent when even `ceiling` does not fit; LedgerRefusal for a value out of range or foreign units.
+    """
+    check_delta(delta)
+    if not (0 < epsilon < math.inf):
+        raise LedgerRefusal(f"epsilon = {epsilon!r} must be positive and finite")
+    lowest, highest = _ticks(floor, ceiling)
 
     def after(tick: int) -> list[DpReceipt]:
         return [*past, *schedule(tick / TICKS)]
@@ -82,10 +102,10 @@ def noise_multiplier(
     if not least_total <= epsilon:
         statement = of_receipts(after(highest), delta=delta, accountant=pld.label())
         raise BudgetSpent(
-            f"spent {pld.epsilon(past, delta):.4g} of epsilon {epsilon:g} {statement.words()}; {rounds} x "
-            f"{steps} steps at sample rate {sample_rate:g} would make it {least_total:.4g} even with the largest noise "
-            f"multiplier allowed, {highest / TICKS:g}; ask for fewer rounds or steps or a lower sample rate, or raise "
-            "epsilon in the site's policy"
+            f"spent {pld.epsilon(past, delta):.4g} of epsilon {epsilon:g} {statement.words()}; "
+            f"{', '.join(map(describe, schedule(highest / TICKS)))} would make it {least_total:.4g} even with the "
+            f"largest noise multiplier allowed, {highest / TICKS:g}; ask for fewer rounds or steps or a lower sample "
+            "rate, or raise epsilon in the site's policy"
         )
     found = _least(
         lambda tick: pld.read(pld.join(spent_loss, pld.compose(schedule(tick / TICKS))), delta),

@@ -1,7 +1,7 @@
 """The line format of the ledger: canonical JSON, numbered, each line bound to the one before by its hash.
 
     {"dataset","hash","kind":"header","prev","salt","schema","seq","time","unit"}
-    {"delta","epsilon","hash","kind":"plan","mechanism","prev","seq","time"}
+    {"delta","epsilon","hash","kind":"plan","mechanism","prev","seq","time"}, and "sides" where there are any
     {"delta","epsilon","hash","kind":"filter","order","prev","seq","time"}
     {"audit","hash","id","kind":"reserve","policy_id","prev","receipts","round","run","seq","time"}
     {"hash","id","kind":"commit","prev","seq","sha256","time"}
@@ -187,6 +187,7 @@ def to_entry(line: dict[str, Any], path: Path) -> Entry:
             return Filtered(**common, renyi=RenyiFilter(**rest))
         case "plan":
             mechanism = receipt_from_dict(rest.pop("mechanism"))
-            return Planned(**common, plan=Plan(**rest, mechanism=mechanism))
+            sides = tuple(receipt_from_dict(tree) for tree in rest.pop("sides", ()))
+            return Planned(**common, plan=Plan(**rest, mechanism=mechanism, sides=sides))
         case kind:
             raise LedgerCorrupt(f"{path} line {line['seq'] + 1} has unknown kind {kind!r}; {WAY_OUT}")

@@ -3,17 +3,20 @@
     PoissonGaussian(s, q, T)   SelfComposed(PoissonSampled(q, Gaussian(s)), T)
     Gaussian(s, n)             SelfComposed(Gaussian(s), n)
     Exponential(e, n)          SelfComposed(RandomizedResponse(2 / (1 + exp(e)), 2 buckets), n)
-    BoundedRange(h, n)         SelfComposed(ZCDp(h^2 / 8), n); by PLD a pair of its own (`bounded_range`)
+    BoundedRange(h, n)         SelfComposed(ZCDp(h^2 / 8), n); PLD: a pair of its own (`bounded_range`)
     any of them, s = 0         NonPrivate: its epsilon is infinite
 
-Why randomised response for the exponential mechanism. `Exponential` promises that every draw is `epsilon`-DP under
-the receipt's relation, and nothing about its scores. The worst pair of output distributions of *any* epsilon-DP
-mechanism is the binary randomised response with odds exp(epsilon): every such mechanism is a post-processing of it
-(Kairouz, Oh & Viswanath 2015, arXiv 1311.0776, theorem 10), so composing it bounds adaptive draws from above and
-epsilon never falls below the truth. `LaplaceDpEvent(1 / epsilon)` has the same range but is not the worst pair: it
-would under-report. `ZCDpEvent` is refused by PLD. dp-accounting admits RandomizedResponse only under a replacement
-relation because there it means a person's answer being flipped; here it is a bounding pair, whatever the relation,
-and the accountants compose it as such.
+Why randomised response for `Exponential`. It promises that each draw is `epsilon`-DP under the receipt's relation, and
+no more. The worst pair of output distributions of *any* epsilon-DP mechanism is the binary randomised response with
+odds exp(epsilon): each of them is a post-processing of it (Kairouz, Oh & Viswanath 2015, arXiv 1311.0776, theorem 10),
+so composing it bounds adaptive draws from above and epsilon never falls below the truth. `LaplaceDpEvent(1 / epsilon)`
+has the same range but is not the worst pair: it would under-report. dp-accounting admits RandomizedResponse only under
+a replacement relation because there it means a person's answer being flipped; here it is a bounding pair, whatever the
+relation, and the accountants compose it as such.
+
+`BoundedRange` knows more: a draw from softmax(scores), whose log-ratios between neighbours span `span`. Its Renyi curve
+is bounded by span^2 / 8 zCDP (Cesar & Rogers 2021, arXiv 2004.07223), which RDP composes and PLD refuses; for PLD we
+have the worst pair in closed form (`accountants.bounded_range`).
 
 Out of scope: what an epsilon is (`accountants`), who may spend it (`ledger`).
 """
@@ -71,7 +74,7 @@ def to_dp_event(receipt: DpReceipt) -> dp_accounting.DpEvent:
 
 
 def span_of(noise: float) -> float:
-    """Return the span of a `BoundedRange` at this noise, 1 / noise to nine decimals, so that it survives the way back.
+    """Return 1 / noise, to nine decimals so that it survives the way back: the span of a `BoundedRange`.
 
     Raises: LedgerRefusal for a noise that is none, or that makes a span too small to account.
     """
@@ -81,7 +84,7 @@ def span_of(noise: float) -> float:
 
 
 def noise_of(event: MechanismEvent) -> float | None:
-    """Return the noise by which a mechanism was announced: `announce(constants, noise_of(event))` gives it again.
+    """Return the noise by which a mechanism was announced, from which a learner announces it again.
 
     None for an `Exponential`, which is never calibrated.
     """

@@ -122,6 +122,7 @@ class Ledger:
         delta: float,
         renyi: RenyiFilter | None = None,
         promise: float | None = None,
+        sides: Sequence[DpReceipt] = (),
         policy_id: str = "",
         audit: str = "",
     ) -> Reservation:
@@ -132,6 +133,7 @@ class Ledger:
         `promise` is the policy's own epsilon, of which `epsilon` may be a part: a cap on the pace (None: the same).
         Without `renyi` the first reservation fixes the plan that all others follow. With `renyi`, as `filter` gave it,
         everything ever reserved must also be admitted by that filter, and the ledger is held by it from now on.
+        `sides`, with the number of times in the ledger's whole life, are other mechanisms for that plan (`plan`).
 
         `policy_id` and `audit` are kept with the reservation.
 
@@ -156,6 +158,7 @@ class Ledger:
             delta=delta,
             promise=epsilon if promise is None else promise,
             renyi=renyi,
+            sides=tuple(sides),
         )
         with self._locked() as book:
             total, first = book.admit(asked)
@@ -239,6 +242,17 @@ class Ledger:
         """The head as it may travel with an upload; 64 zeros for a ledger without salt. Raises: LedgerCorrupt."""
         with self._locked() as book:
             return book.public_head
+
+    def secret(self) -> bytes:
+        """Return 32 bytes that are this ledger's alone and never leave the site: the salt of its header, hashed.
+
+        A ledger of schema 1 has no salt, and its secret could be guessed by whoever knows the rows.
+        Raises: LedgerCorrupt.
+        """
+        with self._locked() as book:
+            header = book.entries[0]
+            assert isinstance(header, Header)
+            return hashlib.sha256(f"secret/{header.salt}".encode()).digest()
 
     def committed(self, run: str, round_number: int) -> str | None:
         """Return the hash of the last artefact committed for this run and round, if any. Raises: LedgerCorrupt."""

@@ -14,15 +14,23 @@ a draw of Q into that on its neighbour (Blackwell; Kairouz, Oh & Viswanath 2015,
 before anything begins, and let the server play: every step that it asks for consumes one draw through its map, in any
 order, run by run or interleaved. All it ever sees is a function of the N draws, so it is (epsilon, delta)-DP by PLD of
 N. Stopping early, skipping a round, or losing one to a crash leaves draws unused and so never costs more. The proof
-needs the same pair for every step: with two mechanisms to choose from, their mixture would again be chosen by looking.
+needs to know beforehand how many draws of which pair there will be: with two mechanisms to choose from at every turn,
+their mixture would again be chosen by looking.
+
+Beside the one mechanism that fills the budget a plan may hold `sides`: other mechanisms, each with the number of times
+it may ever be used (one survey; the thresholds of a sparse vector). The proof is the same with a second bag of draws:
+N is the most repetitions with PLD(N repetitions and every side in full) <= epsilon, again a function of the plan alone,
+and what is not drawn from a bag costs nothing more.
 
 | the ledger so far        | asked                                 | what happens                                   |
 |--------------------------|---------------------------------------|------------------------------------------------|
 | nothing reserved         | one mechanism                         | plan written, then the reservation             |
-| nothing reserved         | several mechanisms in one reservation | refused: a filter can hold them, a plan cannot |
+| nothing reserved         | one, and sides with their numbers     | plan written with them, then the reservation   |
+| nothing reserved         | several mechanisms, without numbers   | refused: a filter can hold them, a plan cannot |
 | a plan                   | its mechanism, same or lower promise  | granted while PLD of everything fits           |
 | a plan                   | its mechanism, a higher promise       | refused: the promise may be lowered only       |
-| a plan                   | another mechanism                     | refused: as planned, or under a Renyi filter   |
+| a plan                   | a side, while some of it is left      | granted; it is counted in full already         |
+| a plan                   | another mechanism, or too much        | refused: as planned, or under a Renyi filter   |
 | an older version's lines | the one mechanism that all are of     | the plan is written now                        |
 | an older version's lines | anything, where they are of several   | refused: what they are may have been chosen    |
 
@@ -64,16 +72,21 @@ WAY_OUT = (
 class Plan:
     """What every reservation of a ledger is made of: `mechanism`, one step at clip norm 1, within `epsilon` at `delta`.
 
-    Raises: LedgerRefusal for an epsilon, delta or mechanism out of range.
+    `sides` are the other mechanisms, each at clip norm 1 with the number of times it may be used in the ledger's life.
+
+    Raises: LedgerRefusal for an epsilon, delta or mechanism out of range, or a side that is the mechanism itself.
     """
 
     epsilon: float
     delta: float
     mechanism: DpReceipt
+    sides: tuple[DpReceipt, ...] = ()
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
         check_receipt(self.mechanism)
+        if self.sides != merged(self.sides) or self.mechanism in mechanisms(self.sides):
+            raise LedgerRefusal(f"sides {self.sides} are not other mechanisms, each once, at clip norm 1")
         if isinstance(self.epsilon, bool) or not 0 < self.epsilon < math.inf:
             raise LedgerRefusal(f"epsilon = {self.epsilon!r} of a plan must be positive and finite")
         if self.mechanism != one_step(self.mechanism):
@@ -89,30 +102,56 @@ class Plan:
             )
 
     def check(self, receipts: Sequence[DpReceipt]) -> None:
-        """Return when the receipts are repetitions of the planned mechanism. Raises: LedgerRefusal."""
-        for found in mechanisms(receipts):
-            if found != self.mechanism:
+        """Return when everything ever reserved, `receipts`, is made of the plan. Raises: LedgerRefusal."""
+        planned = {one_step(side): count(side) for side in self.sides}
+        for used in merged(receipts):
+            found = one_step(used)
+            if found == self.mechanism:
+                continue
+            if found not in planned:
+                others = "".join(f", and {describe(side)}" for side in self.sides)
                 raise LedgerRefusal(
-                    f"the schedule of this ledger is fixed to {describe(self.mechanism)}, and {describe(found)} is "
-                    f"asked: choosing it after looking at releases is what no fixed schedule certifies; {WAY_OUT}"
+                    f"the schedule of this ledger is fixed to {describe(self.mechanism)}{others}, and "
+                    f"{describe(found)} is asked: choosing it after looking at releases is what no fixed schedule "
+                    f"certifies; {WAY_OUT}"
+                )
+            if count(used) > planned[found]:
+                raise LedgerRefusal(
+                    f"the schedule of this ledger holds {planned[found]} x {describe(found)}, and this would make it "
+                    f"{count(used)}; leave it out, or {WAY_OUT}"
                 )
 
+    def in_full(self, receipts: Sequence[DpReceipt]) -> tuple[DpReceipt, ...]:
+        """Return everything ever reserved with every side counted as often as it may ever be used.
 
-def fix(receipts: Sequence[DpReceipt], *, epsilon: float, delta: float) -> Plan:
-    """Return the plan whose first reservation is `receipts`.
+        What a budget must have room for: its epsilon never falls below the true one, however the sides are used.
+        """
+        return (*(used for used in merged(receipts) if one_step(used) == self.mechanism), *self.sides)
 
-    Raises: LedgerRefusal when they are of several mechanisms, or a value is out of range.
+
+def fix(receipts: Sequence[DpReceipt], *, epsilon: float, delta: float, sides: Sequence[DpReceipt] = ()) -> Plan:
+    """Return the plan whose first reservation is `receipts`; `sides` with the number of times for a ledger's life.
+
+    Raises: LedgerRefusal when they are of several mechanisms that are no sides, or a value is out of range.
     """
-    found = mechanisms(receipts)
+    beside = merged(sides)
+    found = [one for one in mechanisms(receipts) if one not in mechanisms(beside)]
     if len(found) != 1:
         told = ", ".join(map(describe, found)) or "none"
         raise LedgerRefusal(f"a fixed schedule is made of one mechanism, here are: {told}; {WAY_OUT}")
-    return Plan(epsilon=epsilon, delta=delta, mechanism=found[0])
+    plan = Plan(epsilon=epsilon, delta=delta, mechanism=found[0], sides=beside)
+    plan.check(receipts)
+    return plan
 
 
 def mechanisms(receipts: Sequence[DpReceipt]) -> tuple[DpReceipt, ...]:
     """Return the different mechanisms of receipts, each as one step at clip norm 1, in an order of values alone."""
     return tuple(one_step(receipt) for receipt in merged(receipts))
+
+
+def count(receipt: DpReceipt) -> int:
+    """Return how often a receipt's mechanism is used."""
+    return receipt.event.steps if isinstance(receipt.event, PoissonGaussian) else receipt.event.count
 
 
 def one_step(receipt: DpReceipt) -> DpReceipt:
@@ -121,6 +160,13 @@ def one_step(receipt: DpReceipt) -> DpReceipt:
     event = alone.event
     single = {"steps": 1} if isinstance(event, PoissonGaussian) else {"count": 1}
     return dataclasses.replace(alone, event=dataclasses.replace(event, **single))
+
+
+def times(receipt: DpReceipt, number: int) -> DpReceipt:
+    """Return a receipt's mechanism `number` times as often, at its own clip norm."""
+    event, often = receipt.event, count(receipt) * number
+    many = {"steps": often} if isinstance(event, PoissonGaussian) else {"count": often}
+    return dataclasses.replace(receipt, event=dataclasses.replace(event, **many))
 
 
 def repeated(mechanism: DpReceipt, times: int) -> DpReceipt:

@@ -31,7 +31,7 @@ from pydantic import Field
 from fl_app import journal
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
-from fl_app.types import ControlCode, Draft, Origin
+from fl_app.types import ControlCode, Draft, Material, Origin, ReleaseSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,6 +94,17 @@ class CodedSampling:
     section: ControlCodes
     lab: Lab
     codes: Sequence[ControlCode]
+
+    @property
+    def asks(self) -> ReleaseSpec:
+        """Adapters."""
+        return ReleaseSpec(codes=frozenset(code.id for code in self.codes))
+
+    def prepare(
+        self, target: Adapter, earlier: Sequence[Draft], rng: np.random.Generator, round_number: int
+    ) -> Material:
+        """Return nothing: a site trains on its rows alone."""
+        return Material()
 
     def __call__(self, voices: Voices, rng: np.random.Generator, round_number: int) -> Sequence[Draft]:
         """Return `drafts` texts; every code is used equally often, give or take one, in random order.

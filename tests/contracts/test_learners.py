@@ -131,7 +131,8 @@ def test_the_receipt_says_what_the_round_does(kind: str, options: dict[str, Any]
     learner = build(kind, options)
     event = PoissonGaussian(noise_multiplier=NOISE, sample_rate=0.5, steps=STEPS, clip_norm=CLIP)
     expected = DpReceipt(event=event, unit="patient", relation="add_or_remove_one")
-    assert learner.announce(constants(unit="patient"), NOISE) == expected
+    assert learner.announce(constants(unit="patient"), NOISE) == (expected,)
+    assert learner.noise is None
     assert (learner.steps, learner.clip_norm, learner.release_kind, learner.private) == (STEPS, CLIP, "adapter", True)
 
 
@@ -153,7 +154,7 @@ def test_a_receipt_of_something_else_is_refused(
     kind: str, options: dict[str, Any], change: Any, frozen: FrozenModel, learned: Make
 ) -> None:
     learner, noise = build(kind, options), CountingNoise()
-    receipt = learner.announce(constants(), NOISE)
+    (receipt,) = learner.announce(constants(), NOISE)
     if isinstance(change, dict):
         assert isinstance(receipt.event, PoissonGaussian)
         receipt = dataclasses.replace(receipt, event=dataclasses.replace(receipt.event, **change))
@@ -162,8 +163,10 @@ def test_a_receipt_of_something_else_is_refused(
     else:
         receipt = dataclasses.replace(receipt, **{change: "other"})
     bench = Workbench(model=frozen, codes={}, noise=noise, system="")
-    with pytest.raises(PolicyRefusal, match="was not announced by this learner"):
-        learner(some_rows(3), learned(5), receipt, constants(), bench)
+    with pytest.raises(PolicyRefusal, match="were not announced by this learner"):
+        learner(some_rows(3), learned(5), (receipt,), constants(), bench)
+    with pytest.raises(PolicyRefusal, match="were not announced by this learner"):
+        learner(some_rows(3), learned(5), (*learner.announce(constants(), NOISE), receipt), constants(), bench)
     assert not noise.samples
     assert not noise.shapes
 
@@ -308,12 +311,12 @@ def test_rows_without_text_or_code_are_learned_from_without_harm(
 
 def plain(frozen: FrozenModel, start: Adapter, rows: PrivateRows, noise: Any, **options: Any) -> Adapter:
     bench = Workbench(model=frozen, codes={"cough": "A cough:"}, noise=noise, system="")
-    return build("plain_lora", {**PLAIN, **options})(rows, start, None, constants(), bench).adapter
+    return build("plain_lora", {**PLAIN, **options})(rows, start, (), constants(), bench).adapter
 
 
 def test_plain_lora_promises_nothing(frozen: FrozenModel, learned: Make) -> None:
     learner, noise = build("plain_lora", PLAIN), CountingNoise()
-    assert learner.announce(constants(), NOISE) is None
+    assert learner.announce(constants(), NOISE) == ()
     assert (learner.private, learner.clip_norm) == (False, float("inf"))
     receipt = build("dp_lora", SETTINGS["dp_lora"][0]).announce(constants(), NOISE)
     with pytest.raises(PolicyRefusal, match="plain LoRA has none"):

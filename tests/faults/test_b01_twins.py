@@ -16,7 +16,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from fl_app import lora, wire
+from fl_app import lora, wire, wire_arrays
 from fl_app.lora import LoraSpec
 from fl_app.types import Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Refusal, Upload
 from simulations import launch
@@ -366,7 +366,7 @@ def test_reading_and_judging_takes_little_memory_beside_the_message() -> None:
     spec = LoraSpec(shapes={f"m.{n}": (256, 256) for n in range(32)}, rank=16, alpha=8.0, base="a" * 64)
     asked = dataclasses.replace(ASKED, adapter=lora.initial(spec, np.random.default_rng(0)))
     content = wire.pack_reply(upload(asked, "inn", moved(asked.adapter, seed=1)))
-    assert wire.num_bytes(content) > 1_000_000
+    assert wire_arrays.num_bytes(content) > 1_000_000
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -378,7 +378,7 @@ def test_reading_and_judging_takes_little_memory_beside_the_message() -> None:
         tracemalloc.stop()
 
     assert broken is None
-    assert highest < 0.25 * wire.num_bytes(content)
+    assert highest < 0.25 * wire_arrays.num_bytes(content)
 
 
 def test_the_search_finds_both_sound_and_unsound_replies() -> None:

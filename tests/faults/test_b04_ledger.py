@@ -33,7 +33,17 @@ from fl_app.privacy.accountants import pld, prv, rdp
 from fl_app.privacy.chain import Committed, Reserved
 from fl_app.privacy.events import merged
 from fl_app.privacy.ledger import Ledger
-from fl_app.types import Adapter, Broadcast, DpReceipt, Gaussian, LoraFactors, PoissonGaussian, Refusal, Upload
+from fl_app.types import (
+    Adapter,
+    AdapterRelease,
+    Broadcast,
+    DpReceipt,
+    Gaussian,
+    LoraFactors,
+    PoissonGaussian,
+    Refusal,
+    Upload,
+)
 from tests.faults.power import MODES, Crash, Power
 
 if TYPE_CHECKING:
@@ -81,7 +91,13 @@ class Story:
     def put(self, number: int, reservation: Any) -> str:
         box = self.folder / "outbox"
         return outbox.put(
-            box, run="r", round_number=number, adapter=adapter(number), base_name="tiny", reservation=reservation
+            box,
+            run="r",
+            round_number=number,
+            release=AdapterRelease(adapter=adapter(number)),
+            survey=None,
+            base_name="tiny",
+            reservation=reservation,
         )
 
 
@@ -142,7 +158,8 @@ def test_no_crash_makes_it_under_count(tmp_path: Path, at: int, mode: str) -> No
     for entry in entries:
         if isinstance(entry, Committed):  # and whatever is committed can be sent again, and is the same
             number = next(e.round for e in entries if isinstance(e, Reserved) and e.id == entry.id)
-            found = outbox.get(tmp_path / "outbox", run="r", round_number=number, sha256=entry.sha256)
+            found, _ = outbox.get(tmp_path / "outbox", run="r", round_number=number, sha256=entry.sha256)
+            assert isinstance(found, AdapterRelease)
             assert lora.sha256(found.adapter) == story.sent.get(number, entry.sha256) == lora.sha256(adapter(number))
     # the site goes on: the interrupted round is paid again
     again = after.reserve(**asked(2))

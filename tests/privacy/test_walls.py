@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.private_rows import PrivateRow, PrivateRows
-from fl_app import lora, wire
+from fl_app import lora, wire, wire_arrays
 from fl_app.errors import WireViolation
 from fl_app.origin import ROOT
 from fl_app.types import (
@@ -167,7 +167,7 @@ def test_a_message_has_exactly_these_keys(name: str) -> None:
     if with_arrays:
         assert isinstance(content["arrays"], ArrayRecord)
         assert sorted(content["arrays"]) == ARRAYS
-        assert wire.num_bytes(content) == sum(len(array.data) for array in content["arrays"].values())
+        assert wire_arrays.num_bytes(content) == sum(len(array.data) for array in content["arrays"].values())
 
 
 def test_an_upload_holds_nothing_but_the_release() -> None:

@@ -119,7 +119,9 @@ def test_the_floor_holds_and_is_rounded_up() -> None:
 
 
 def test_a_spent_budget_names_what_was_spent_and_the_way_out() -> None:
-    with pytest.raises(BudgetSpent, match=r"spent 1\.\d+ of epsilon 1\.5 at .* PLD .* 500 x 60 steps .* ask for fewer"):
+    with pytest.raises(
+        BudgetSpent, match=r"spent 1\.\d+ of epsilon 1\.5 at .* PLD .* 30000 steps of noise .* ask for fewer"
+    ):
         noise_multiplier(PAST, **ASKED | {"epsilon": 1.5, "rounds": 500})
 
 

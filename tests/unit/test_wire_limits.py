@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_app import lora, wire
+from fl_app import lora, wire, wire_arrays
 from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.types import AdapterRelease, DpReceipt, Hello, PoissonGaussian, Probe, Refusal, Upload
@@ -62,7 +62,7 @@ def test_the_largest_honest_upload_is_far_below_the_limits() -> None:
     assert isinstance(found, Upload)
     assert found.receipts == upload.receipts
     beside = sum(len(name) + wire._beside(record) for name, record in content.items())
-    assert beside < (wire.MANIFEST_BYTES + wire.PER_ARRAY_BYTES * 2 * len(shapes)) / 3
+    assert beside < (wire_arrays.MANIFEST_BYTES + wire_arrays.PER_ARRAY_BYTES * 2 * len(shapes)) / 3
     assert len(str(content["upload"]["receipts"])) < wire.MAX_RECEIPTS_TEXT / 4
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fl_app.errors import LedgerRefusal
 from fl_app.privacy.events import check_delta, merged
-from fl_app.types import Exponential, Gaussian, PoissonGaussian
+from fl_app.types import BoundedRange, Exponential, Gaussian, PoissonGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,12 +84,12 @@ def epsilon(receipts: Sequence[DpReceipt] | None, delta: float, *, terms: Terms 
     if receipts is None:
         return math.inf
     together = merged(receipts)
-    if any(isinstance(receipt.event, Exponential) for receipt in together):
-        raise LedgerRefusal("the Edgeworth estimate does not know Exponential; ask the PLD or the RDP accountant")
+    for name in sorted({type(r.event).__name__ for r in together if isinstance(r.event, Exponential | BoundedRange)}):
+        raise LedgerRefusal(f"the Edgeworth estimate does not know {name}; ask the PLD or the RDP accountant")
     pairs: list[LossCumulants] = []
     for receipt in together:
         event = receipt.event
-        assert not isinstance(event, Exponential)
+        assert not isinstance(event, Exponential | BoundedRange)
         if event.noise_multiplier < MIN_NOISE:
             return math.inf
         pairs.append(cumulants(event))

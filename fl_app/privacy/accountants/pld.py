@@ -5,7 +5,8 @@ that the discrete distribution dominates the true one ("connect the dots"), conv
 
 Out of scope: schedules chosen adaptively from earlier results (federated-methods-and-dp.md 3.4).
 Source: dp_accounting.pld (Doroshenko et al. 2022, arXiv 2207.04380). Ours differs in composing a randomised response
-as the bounding pair of an exponential mechanism (see `fl_app.privacy.events`), in merging equal mechanisms first, and
+as the bounding pair of what is only known to be epsilon-DP (see `fl_app.privacy.events`), in giving the exponential
+mechanism a pair of its own (`bounded_range`), in merging equal mechanisms first, and
 in refusing to convolve what is far beyond any budget.
 """
 
@@ -17,8 +18,9 @@ import math
 from typing import TYPE_CHECKING, TypeAlias
 
 from fl_app.errors import LedgerRefusal
+from fl_app.privacy.accountants import bounded_range
 from fl_app.privacy.events import check_delta, merged, to_dp_event
-from fl_app.types import Exponential, Gaussian, PoissonGaussian
+from fl_app.types import BoundedRange, Exponential, Gaussian, PoissonGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +76,11 @@ def compose(receipts: Sequence[DpReceipt]) -> Loss:
         return None
     total = pld.identity(value_discretization_interval=GRID)
     for receipt in together:
-        total = total.compose(_loss(to_dp_event(receipt)))
+        event = receipt.event
+        if isinstance(event, BoundedRange):  # dp-accounting has no such event: PLD would refuse its zCDP
+            total = total.compose(bounded_range.loss(event.span, event.count, GRID))
+        else:
+            total = total.compose(_loss(to_dp_event(receipt)))
     return total
 
 
@@ -123,13 +129,13 @@ def _loss(event: dp_accounting.DpEvent) -> PrivacyLossDistribution:
 
 
 def _noisy(event: MechanismEvent) -> bool:
-    return isinstance(event, Exponential) or event.noise_multiplier >= MIN_NOISE
+    return isinstance(event, Exponential | BoundedRange) or event.noise_multiplier >= MIN_NOISE
 
 
 def _divergence(event: MechanismEvent) -> float:
     """Bound the KL divergence of an event: the smaller of convexity, q / (2 s^2), and chi-square, q^2 (e^(1/s^2) - 1).
 
-    An exponential draw: epsilon * tanh(epsilon / 2), the exact divergence of its randomised response.
+    A draw that is epsilon-DP: epsilon * tanh(epsilon / 2), the exact divergence of its randomised response.
     """
     match event:
         case PoissonGaussian(noise_multiplier=noise, sample_rate=rate, steps=steps):
@@ -140,3 +146,5 @@ def _divergence(event: MechanismEvent) -> float:
             return count / (2 * noise**2)
         case Exponential(epsilon=value, count=count):
             return count * value * math.tanh(value / 2)
+        case BoundedRange(span=span, count=count):
+            return count * bounded_range.divergence(span)

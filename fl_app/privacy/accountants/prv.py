@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fl_app.errors import LedgerRefusal
 from fl_app.privacy.events import check_delta, merged
-from fl_app.types import Exponential, PoissonGaussian
+from fl_app.types import BoundedRange, Exponential, PoissonGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +38,9 @@ def epsilon(receipts: Sequence[DpReceipt] | None, delta: float) -> float:
     history: list[tuple[float, float, int]] = []
     for receipt in together:
         event = receipt.event
-        if isinstance(event, Exponential):
-            raise LedgerRefusal("Opacus' PRV does not know Exponential; ask the PLD or the RDP accountant")
+        if isinstance(event, Exponential | BoundedRange):
+            name = type(event).__name__
+            raise LedgerRefusal(f"Opacus' PRV does not know {name}; ask the PLD or the RDP accountant")
         if event.noise_multiplier == 0:
             return math.inf
         if isinstance(event, PoissonGaussian):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fl_app.privacy.events import check_delta, merged, to_dp_event
-from fl_app.types import Exponential
+from fl_app.types import Exponential, Gaussian, PoissonGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,11 +61,12 @@ def curve(receipts: Sequence[DpReceipt], orders: Sequence[float] | None = None) 
 
     together = merged(receipts)
     gaussians = rdp.RdpAccountant(orders, dp.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    # A randomised response is the bounding pair of an exponential draw, composed under the only relation in which
+    # A randomised response is the bounding pair of an epsilon-DP draw, composed under the only relation in which
     # dp-accounting knows that pair; see fl_app.privacy.events.
     bounding_pairs = rdp.RdpAccountant(orders, dp.NeighboringRelation.REPLACE_ONE)
     known = tuple(float(order) for order in gaussians.orders)
-    if any(not isinstance(r.event, Exponential) and r.event.noise_multiplier < MIN_NOISE for r in together):
+    gaussian = (PoissonGaussian, Gaussian)
+    if any(isinstance(r.event, gaussian) and r.event.noise_multiplier < MIN_NOISE for r in together):
         return RenyiCurve(orders=known, spent=(math.inf,) * len(known))
     for receipt in together:
         (bounding_pairs if isinstance(receipt.event, Exponential) else gaussians).compose(to_dp_event(receipt))

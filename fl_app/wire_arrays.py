@@ -1,0 +1,212 @@
+"""Arrays of a message, held to the one header and length that each may have; texts, held to their number and length.
+
+What a message says of an array's type and shape is compared and never used, and no parser of numpy's ever runs on bytes
+from outside. With a spec (`LoraSpec`, or `ReleaseSpec` for other kinds) names and shapes are the server's own; without
+one, a site reads what its server sends, and takes the shapes of adapter factors when they fit together.
+
+Guarantee: arrays are views of the message's own bytes, so reading takes no memory of the size of the message.
+Source: ours; rules T1, T5 and T30 of `reliability-and-security.md` 2.2.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fl_app import lora
+from fl_app.errors import WireViolation
+from fl_app.types import CodedText, LoraFactors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from fl_app.lora import LoraSpec
+    from fl_app.types import Adapter, Floats, ReleaseSpec
+
+MANIFEST_BYTES = 1 << 16
+"""The most that a message may hold beside its arrays. An honest manifest takes under 3,000 bytes."""
+
+PER_ARRAY_BYTES = 512
+"""What an array may take beside its numbers: its header (128), its name, and what the message says of it."""
+
+TEXT_KEYS = frozenset({"codes", "texts"})
+CODE_BYTES = 64
+"""What a control code's id may take beside a text, as the size of a message is counted."""
+
+
+def pack(values: Mapping[str, Floats]) -> ArrayRecord:
+    """Return arrays by name, in the order of their names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(values[name], np.float32)) for name in sorted(values)})
+
+
+def pack_adapter(adapter: Adapter) -> ArrayRecord:
+    """Return an adapter's factors as `<layer>.a` and `<layer>.b`."""
+    factors = {f"{name}.a": one.a for name, one in adapter.layers.items()}
+    return pack(factors | {f"{name}.b": one.b for name, one in adapter.layers.items()})
+
+
+def unpack_layers(record: object, spec: LoraSpec | None) -> dict[str, LoraFactors]:
+    """Return the factors of an adapter. Raises: WireViolation."""
+    found = _arrays(record)
+    shapes = _shapes(found) if spec is None else lora.factor_shapes(spec)
+    values = unpack(found, shapes)
+    names = sorted({key.rpartition(".")[0] for key in values})
+    return {name: LoraFactors(a=values[f"{name}.a"], b=values[f"{name}.b"]) for name in names}
+
+
+def unpack(record: object, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
+    """Return exactly the arrays of these names and shapes. Raises: WireViolation."""
+    found = _arrays(record)
+    if odd := sorted(set(found) ^ shapes.keys()):
+        raise WireViolation("is missing" if odd[0] in shapes else "is none of ours", rule="layers", tensor=odd[0])
+    return {key: _values(key, found[key], shape) for key, shape in shapes.items()}
+
+
+def unpack_vectors(record: object) -> dict[str, Floats]:
+    """Return vectors of whatever names and lengths a server sends. Raises: WireViolation."""
+    found = _arrays(record)
+    for key, array in found.items():
+        if len(array.shape) != 1 or min(array.shape) < 1:
+            raise WireViolation(f"is of shape {str(array.shape)[:80]}; expected one axis", rule="shape", tensor=key)
+    return unpack(found, {key: tuple(array.shape) for key, array in found.items()})
+
+
+def pack_texts(texts: Iterable[CodedText]) -> ConfigRecord:
+    """Return coded texts as two lists of equal length."""
+    pairs = list(texts)
+    return ConfigRecord({"codes": [one.code for one in pairs], "texts": [one.text for one in pairs]})
+
+
+def unpack_texts(record: object, asked: ReleaseSpec | None = None) -> tuple[CodedText, ...]:
+    """Return coded texts; with `asked` no more and no longer than asked, under its codes. Raises: WireViolation."""
+    if not isinstance(record, ConfigRecord) or {str(key) for key in record} != set(TEXT_KEYS):
+        raise WireViolation(f"texts hold other keys than {sorted(TEXT_KEYS)}")
+    codes, texts = _strings(record["codes"]), _strings(record["texts"])
+    if codes is None or texts is None or len(codes) != len(texts):
+        raise WireViolation("codes and texts are not two lists of strings of one length")
+    if asked is not None:
+        if len(texts) > asked.max_texts:
+            raise WireViolation(f"{len(texts)} texts, at most {asked.max_texts}", rule="size")
+        longest = max((len(text.encode("utf-8", "surrogatepass")) for text in texts), default=0)
+        if longest > asked.max_bytes:
+            raise WireViolation(f"a text of {longest} bytes, at most {asked.max_bytes}", rule="size")
+        if unknown := sorted(set(codes) - asked.codes):
+            raise WireViolation(f"code {unknown[0][:40]!r} is none of ours")
+    return tuple(CodedText(code=code, text=text) for code, text in zip(codes, texts, strict=True))
+
+
+def text_bytes(asked: ReleaseSpec) -> int:
+    """Return the most that a text release may take beside its manifest, as the size of a message is counted."""
+    return asked.max_texts * (asked.max_bytes + CODE_BYTES)
+
+
+def num_bytes(content: RecordDict) -> int:
+    """Return the bytes of a message's arrays as Flower serialises them, and of its texts."""
+    texts = content.config_records.get("texts", {})
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return arrays + sum(_width(value) for value in texts.values())
+
+
+def check_size(content: RecordDict, spec: LoraSpec | None, asked: ReleaseSpec | None = None) -> None:
+    """Raise `WireViolation` when a message is larger than any good one. Bytes are counted, none is looked at.
+
+    With a spec its arrays may take twice what they need: little enough to hold, and enough to say of a longer array
+    which rule it breaks. Without one (a site that reads its server) arrays may be of any size.
+    """
+    count = sum(len(record) for record in content.array_records.values())
+    texts = 0 if asked is None else text_bytes(asked)
+    if spec is not None and asked is not None:
+        numbers, count = _expected(spec, asked)
+        most = 2 * 4 * numbers + MANIFEST_BYTES
+        sizes = {key: len(one.data) for record in content.array_records.values() for key, one in record.items()}
+        if (found := sum(sizes.values())) > most:
+            longest = max(sizes, key=lambda key: sizes[key])
+            raise WireViolation(f"is the longest of {found} bytes, at most {most}", rule="size", tensor=longest)
+    most = MANIFEST_BYTES + PER_ARRAY_BYTES * count + texts
+    found = sum(len(str(name)) + _beside(record) for name, record in content.items())
+    if found > most:
+        raise WireViolation(f"all but the arrays takes {found} bytes, at most {most}", rule="size")
+
+
+def _expected(spec: LoraSpec, asked: ReleaseSpec) -> tuple[int, int]:
+    """Return how many numbers an upload should hold, and in how many arrays."""
+    beside = [*asked.vectors.values(), *asked.survey.values()]
+    if asked.kind != "adapter":
+        return sum(beside), len(beside)
+    factors = sum(spec.rank * (d_in + d_out) for d_in, d_out in spec.shapes.values())
+    return factors + sum(beside), 2 * len(spec.shapes) + len(beside)
+
+
+def _beside(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    """Return the bytes of a record beside the bytes of its arrays, near enough."""
+    if isinstance(record, ArrayRecord):
+        told = ((key, array.dtype, array.stype, array.shape) for key, array in record.items())
+        return sum(len(key) + len(dtype) + len(stype) + 8 * len(shape) for key, dtype, stype, shape in told)
+    return sum(len(key) + _width(value) for key, value in record.items())
+
+
+def _width(value: object) -> int:
+    if isinstance(value, list):
+        return sum(_width(one) for one in value)
+    return len(value) if isinstance(value, (str, bytes)) else 8
+
+
+def _strings(value: object) -> list[str] | None:
+    """Return a list of strings; None when it is something else."""
+    if not isinstance(value, list):
+        return None
+    found = [one for one in cast("list[object]", value) if isinstance(one, str)]
+    return found if len(found) == len(cast("list[object]", value)) else None
+
+
+def _arrays(record: object) -> ArrayRecord:
+    if not isinstance(record, ArrayRecord):
+        raise WireViolation("arrays is no ArrayRecord")
+    return record
+
+
+def _shapes(record: ArrayRecord) -> dict[str, tuple[int, int]]:
+    """Return the shapes that a message without a spec claims for its own arrays, when they fit together."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for key, array in record.items():
+        name, _, factor = key.rpartition(".")
+        if factor not in {"a", "b"} or not name:
+            raise WireViolation("is no LoRA factor; expected <layer>.a and <layer>.b", rule="layers", tensor=key)
+        if len(array.shape) != 2 or min(array.shape) < 1:  # noqa: PLR2004
+            raise WireViolation(f"is of shape {str(array.shape)[:80]}; expected two axes", rule="shape", tensor=key)
+        shapes[key] = (array.shape[0], array.shape[1])
+    for name in sorted({key.rpartition(".")[0] for key in shapes}):
+        rank, other = shapes.get(f"{name}.a", (0, 0))[0], shapes.get(f"{name}.b", (0, -1))[1]
+        if rank != other:
+            raise WireViolation("factors a and b do not fit together", rule="shape", tensor=name)
+    if not shapes:
+        raise WireViolation("arrays is empty; expected one pair of factors per adapted layer", rule="layers")
+    return shapes
+
+
+def _values(key: str, array: Array, shape: tuple[int, ...]) -> Floats:
+    """Return a float32 array over the message's own bytes, which must be exactly what we would send for `shape`."""
+    if array.dtype != "float32":
+        raise WireViolation(f"is {array.dtype[:20]!r}, not float32", rule="dtype", tensor=key)
+    if array.shape != shape:
+        told = str(array.shape[:4]) if len(array.shape) <= 4 else f"{len(array.shape)} axes"  # noqa: PLR2004
+        raise WireViolation(f"is {told[:80]}, ours is {shape}", rule="shape", tensor=key)
+    if array.stype != "numpy.ndarray":
+        raise WireViolation(f"is written as {array.stype[:20]!r}, not numpy.ndarray", rule="bytes", tensor=key)
+    header = _header(shape)
+    if len(array.data) != len(header) + 4 * math.prod(shape) or not array.data.startswith(header):
+        raise WireViolation(
+            f"is not what numpy.save writes for float32 {shape}: {len(array.data)} bytes", rule="bytes", tensor=key
+        )
+    return np.frombuffer(array.data, "<f4", offset=len(header)).reshape(shape).astype(np.float32, copy=False)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """Return what `numpy.save` writes before the numbers of a float32 array of this shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
