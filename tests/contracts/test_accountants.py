@@ -16,7 +16,7 @@ from fl_app.errors import LedgerRefusal
 from fl_app.privacy.accountants import edgeworth, pld, prv, rdp
 from fl_app.privacy.events import receipt_from_dict, receipt_to_dict, to_dp_event
 from fl_app.privacy.renyi_filter import RenyiFilter
-from fl_app.types import DpReceipt, Exponential, Gaussian, MechanismEvent, PoissonGaussian
+from fl_app.types import BoundedRange, DpReceipt, Exponential, Gaussian, MechanismEvent, PoissonGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ events = (
     st.builds(PoissonGaussian, noise_multiplier=noises, sample_rate=rates, steps=counts, clip_norm=st.floats(0.1, 9))
     | st.builds(Gaussian, noise_multiplier=noises, clip_norm=st.floats(0.1, 9), count=counts)
     | st.builds(Exponential, epsilon=st.floats(0.01, 3), count=st.integers(1, 20))
+    | st.builds(BoundedRange, span=st.floats(0.001, 3), count=st.integers(1, 20))
 )
 receipts = st.builds(DpReceipt, event=events, unit=st.sampled_from(["record", "patient"]))
 
@@ -143,7 +144,7 @@ def test_more_receipts_never_cost_less(spent: Sequence[MechanismEvent], more: Me
 
 
 @FEW
-@given(event=events.filter(lambda event: not isinstance(event, Exponential)))
+@given(event=events.filter(lambda event: not isinstance(event, Exponential | BoundedRange)))
 def test_pld_is_the_library_s_own_accountant(event: MechanismEvent) -> None:
     """Our composition, merging and dispatch against dp-accounting's PLDAccountant on the same event."""
     receipt = DpReceipt(event=event, unit="record")
