@@ -6,6 +6,10 @@ from pydantic import Field
 
 from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
+from clients.learners.invisible_ink import InvisibleInk
 from clients.learners.plain_lora import PlainLora
+from clients.learners.private_prediction import PrivatePrediction
 
-AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora, Field(discriminator="kind")]
+AnyLearner: TypeAlias = Annotated[
+    DpLora | DpFfaLora | PlainLora | PrivatePrediction | InvisibleInk, Field(discriminator="kind")
+]

@@ -6,6 +6,13 @@
 A learner takes a `NoiseSource` and cannot tell which; what decides is the site's policy, and whoever writes an
 artefact goes by the run's mode to stamp it `SIMULATION - NOT PRIVATE`.
 
+Uniforms, Gumbel and Laplace noise are for draws of which only a choice leaves: the largest of noisy scores, or whether
+a noisy distance passes a noisy threshold. What floating point leaves open there: a uniform is (k + 1/2) / 2^64 for a
+random 64-bit k, so a Gumbel ends at 45 on the right and -3.6 on the left, and a token further than 48 below the best is
+never drawn, where softmax would draw it once in 10^21 times; chances are right to a relative 2^-50 or so, which over
+10^6 draws is 10^-9 of epsilon, an estimate and no bound. Noise on values that leave themselves would need a lattice
+(Mironov 2012): no such value leaves here.
+
 Out of scope: clipping, scaling and adding. The normals are plain float64: whoever adds them to a sum leaves traces of
 the sum in the low bits, so nothing is released that did not pass `fl_app.privacy.gaussian.release`. Timing is not
 hidden.
@@ -29,6 +36,7 @@ BLOCK = 1 << 14
 
 UNIT = 2.0**-64
 WORD_BYTES = 8
+BELOW_ONE = 1 - 2.0**-53
 
 
 class NoiseSource(Protocol):
@@ -41,6 +49,18 @@ class NoiseSource(Protocol):
 
     def normal(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
         """Return independent standard normals in an array of the caller's own. Shapes: `shape`, float64."""
+        ...
+
+    def uniform(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return independent uniforms in (0, 1]; small ones are exact to 2^-65. Shapes: `shape`, float64."""
+        ...
+
+    def gumbel(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return independent standard Gumbels: argmax(score + Gumbel) is a draw from softmax(score)."""
+        ...
+
+    def laplace(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return independent Laplace draws of scale 1. Shapes: `shape`, float64."""
         ...
 
     def poisson_sample(self, count: int, rate: float) -> npt.NDArray[np.int64]:
@@ -80,6 +100,18 @@ class SecureNoise:
             np.multiply(radius, np.sin(angle), out=values[half + start : half + start + pairs])
         return values[:total].reshape(shape)
 
+    def uniform(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return independent uniforms in (0, 1]. Shapes: `shape`, float64."""
+        return ((_Keystream().words(math.prod(shape)) + 0.5) * UNIT).reshape(shape)
+
+    def gumbel(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return independent standard Gumbels in [-3.7, 45.1]. Shapes: `shape`, float64."""
+        return _gumbel(self.uniform(shape))
+
+    def laplace(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return independent Laplace draws of scale 1. Shapes: `shape`, float64."""
+        return _laplace(self.uniform((2, *shape)))
+
     def poisson_sample(self, count: int, rate: float) -> npt.NDArray[np.int64]:
         """Return drawn indices, ascending. Shapes: (k,) int64. Raises: LedgerRefusal on a rate outside [0, 1]."""
         _check_sampling(count, rate)
@@ -103,6 +135,18 @@ class SimulatedNoise:
         """Return seeded standard normals. Shapes: `shape`, float64."""
         return np.asarray(self._rng.standard_normal(shape))
 
+    def uniform(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return seeded uniforms in (0, 1]. Shapes: `shape`, float64."""
+        return (self._rng.integers(2**64, size=shape, dtype=np.uint64).astype(np.float64) + 0.5) * UNIT
+
+    def gumbel(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return seeded standard Gumbels in [-3.7, 45.1]. Shapes: `shape`, float64."""
+        return _gumbel(self.uniform(shape))
+
+    def laplace(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
+        """Return seeded Laplace draws of scale 1. Shapes: `shape`, float64."""
+        return _laplace(self.uniform((2, *shape)))
+
     def poisson_sample(self, count: int, rate: float) -> npt.NDArray[np.int64]:
         """Return drawn indices, ascending. Shapes: (k,) int64. Raises: LedgerRefusal on a rate outside [0, 1]."""
         _check_sampling(count, rate)
@@ -121,6 +165,19 @@ class _Keystream:
         """Return uniform integers in [0, 2^64], relatively exact to 2^-53. Shapes: (count,) float64."""
         stream = self._encryptor.update(bytes(WORD_BYTES * count))
         return np.frombuffer(stream, dtype="<u8").astype(np.float64)
+
+
+def _exponential(uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return exponential waiting times in [2^-65, 36.8]: the short ones, which win a race, are the exact ones."""
+    return -np.log1p(-np.minimum(uniform, BELOW_ONE))
+
+
+def _gumbel(uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return -np.log(_exponential(uniform))
+
+
+def _laplace(uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return _exponential(uniform[0]) - _exponential(uniform[1])
 
 
 def _check_sampling(count: int, rate: float) -> None:

@@ -1,7 +1,10 @@
-"""Synthesizers: an adapter -> drafts. One member so far; the next joins it as `Annotated[A | B, discriminator]`."""
+"""Synthesizers: what the sites released -> drafts. The union is the registry of their kinds."""
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
 
 from strategies.synthesizers.control_codes import ControlCodes
+from strategies.synthesizers.released_texts import ReleasedTexts
 
-AnySynthesizer: TypeAlias = ControlCodes
+AnySynthesizer: TypeAlias = Annotated[ControlCodes | ReleasedTexts, Field(discriminator="kind")]

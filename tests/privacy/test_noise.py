@@ -18,6 +18,7 @@ from scipy import stats
 
 from fl_app import seeds
 from fl_app.errors import LedgerRefusal
+from fl_app.privacy import noise
 from fl_app.privacy.noise import NoiseSource, SecureNoise, SimulatedNoise
 
 if TYPE_CHECKING:
@@ -122,6 +123,51 @@ def test_edges(make: Callable[[], NoiseSource]) -> None:
             source.poisson_sample(3, rate)
     with pytest.raises(LedgerRefusal):
         source.poisson_sample(-1, 0.5)
+
+
+LAWS = {"uniform": stats.uniform(), "gumbel": stats.gumbel_r(), "laplace": stats.laplace()}
+
+
+@SOURCES
+@pytest.mark.parametrize("name", LAWS)
+def test_uniforms_gumbels_and_laplaces_have_their_law(make: Callable[[], NoiseSource], name: str) -> None:
+    values = getattr(make(), name)((COUNT // 100, 100))
+    assert values.dtype == np.float64
+    assert values.shape == (COUNT // 100, 100)
+    flat = values.ravel()
+    assert stats.kstest(flat, LAWS[name].cdf).pvalue > 1e-9
+    assert stats.kstest(0.97 * flat, LAWS[name].cdf).pvalue < 1e-9  # the twin: three per cent off is caught
+    assert abs(np.corrcoef(flat[:-1], flat[1:])[0, 1]) < 7 / math.sqrt(flat.size)
+
+
+@SOURCES
+def test_draws_are_bounded_and_finite(make: Callable[[], NoiseSource]) -> None:
+    source = make()
+    uniform = source.uniform((COUNT,))
+    assert 0 < uniform.min() < 1e-4
+    assert uniform.max() <= 1
+    gumbel = source.gumbel((COUNT,))
+    assert -3.7 < gumbel.min() < -2
+    assert 8 < gumbel.max() < 45.1
+    assert source.laplace(()).shape == ()
+    assert source.uniform((0, 2)).shape == (0, 2)
+
+
+def test_the_ends_of_a_uniform_make_no_infinity() -> None:
+    """Words 0 and 2^64 - 1, which chance does not bring: a long tail on the right, none that is infinite."""
+    ends = np.array([0.5 * 2.0**-64, 1.0])
+    assert noise._gumbel(ends) == pytest.approx([65 * math.log(2), -math.log(53 * math.log(2))])
+    assert np.isfinite(noise._laplace(np.array([ends, ends[::-1]]))).all()
+
+
+@SOURCES
+def test_a_race_of_gumbels_is_a_draw_from_softmax(make: Callable[[], NoiseSource]) -> None:
+    scores = np.array([2.0, 1.0, 0.0, -1.0])
+    counts = np.bincount((scores + make().gumbel((COUNT, 4))).argmax(axis=1), minlength=4)
+    weights = np.exp(scores)
+    assert stats.chisquare(counts, COUNT * weights / weights.sum()).pvalue > 1e-9
+    cold = np.exp(1.03 * scores)
+    assert stats.chisquare(counts, COUNT * cold / cold.sum()).pvalue < 1e-9
 
 
 def test_no_seed_reaches_the_production_source() -> None:
