@@ -32,6 +32,26 @@ if TYPE_CHECKING:
     from fl_app.types import Floats
 
 
+def vector_name(code: str, layer: int) -> str:
+    """Return the name of a class's vector after a block, as a site releases it."""
+    return f"{code}/{layer}"
+
+
+def count_name(code: str) -> str:
+    """Return the name of a class's count, as a site releases it."""
+    return f"{code}/count"
+
+
+def centre_name(code: str, layer: int) -> str:
+    """Return the name of a class's centre after a block, the mean over public text, as a server sends it."""
+    return f"{code}/{layer}/centre"
+
+
+def scale_name(layer: int) -> str:
+    """Return the name of a block's scale, how far public texts lie from their centre there, as a server sends it."""
+    return f"{layer}/scale"
+
+
 def width(model: Any) -> int:
     """Return D, the length of a vector of the residual stream."""
     return int(_core(model).get_input_embeddings().weight.shape[1])

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
+from clients.learners.epsvec import EpsVec
 from clients.learners.plain_lora import PlainLora
 
-AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora, Field(discriminator="kind")]
+AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora | EpsVec, Field(discriminator="kind")]

@@ -1,7 +1,10 @@
-"""Synthesizers: an adapter -> drafts. One member so far; the next joins it as `Annotated[A | B, discriminator]`."""
+"""Synthesizers: releases of the sites -> drafts. The union is the registry of their kinds."""
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
 
 from strategies.synthesizers.control_codes import ControlCodes
+from strategies.synthesizers.epsvec import EpsVec
 
-AnySynthesizer: TypeAlias = ControlCodes
+AnySynthesizer: TypeAlias = Annotated[ControlCodes | EpsVec, Field(discriminator="kind")]

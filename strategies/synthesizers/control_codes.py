@@ -21,17 +21,16 @@ from prompts with three raw private rows, which voids the guarantee (specs, 1.7)
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fl_app import journal
 from fl_app.config import Section
-from fl_app.errors import ConfigInvalid, RoundFailed
+from fl_app.errors import RoundFailed
 from fl_app.types import ControlCode, Draft, Origin
+from strategies.codes import draft, read_codes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,28 +62,6 @@ class ControlCodes(Section):
         Raises: ConfigInvalid when the file is missing or holds no code.
         """
         return CodedSampling(section=self, lab=lab, codes=read_codes(Path(self.codes)))
-
-
-def read_codes(path: Path) -> tuple[ControlCode, ...]:
-    """Return the public control codes of a JSON-lines file with `id` and `text`.
-
-    Raises: ConfigInvalid when the file is missing, holds no code, one without id or text, or one id twice.
-    """
-    if not path.is_file():
-        raise ConfigInvalid(f"server.synthesizer.codes: no file at {path!s}; expected JSON lines with id and text")
-    codes: dict[str, ControlCode] = {}
-    for number, row in journal.numbered_lines(path):
-        name, text = row.get("id"), row.get("text")
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigInvalid(
-                f"{path}:{number}: a control code needs id and text; found keys {', '.join(sorted(row))}"
-            )
-        if name in codes:
-            raise ConfigInvalid(f"{path}:{number}: control code {name!r} is there already; give every code its own id")
-        codes[name] = ControlCode(id=name, text=text)
-    if not codes:
-        raise ConfigInvalid(f"server.synthesizer.codes: {path} holds no control code")
-    return tuple(codes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +121,7 @@ class CodedSampling:
             rng=rng,
         )
         return tuple(
-            _draft(
+            draft(
                 text.strip(),
                 Origin(
                     round=round_number,
@@ -157,10 +134,3 @@ class CodedSampling:
             )
             for code, text, place in zip(codes, texts, places, strict=True)
         )
-
-
-def _draft(text: str, origin: Origin) -> Draft:
-    # Without a voice the key is what it was before there were voices: ids of merged drafts stay.
-    named = f"\x1f{origin.voice}" if origin.voice else ""
-    key = f"{origin.round}\x1f{origin.method}\x1f{origin.code}\x1f{origin.stream}{named}\x1f{text}"
-    return Draft(id=hashlib.sha256(key.encode()).hexdigest()[:16], instruction=text, response="", origin=origin)

@@ -24,6 +24,7 @@ from strategies.lab import Lab
 from strategies.stages import Voices
 from strategies.synthesizers import AnySynthesizer
 from strategies.synthesizers.control_codes import CodedSampling, ControlCodes, read_codes
+from strategies.synthesizers.epsvec import EpsVec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,9 +102,9 @@ def adapter(lab: Lab) -> Adapter:
 
 
 def test_the_union_is_what_these_tests_are_run_on() -> None:
-    members: tuple[Any, ...] = get_args(get_args(AnySynthesizer)[0]) if get_args(AnySynthesizer) else (AnySynthesizer,)
+    members: tuple[Any, ...] = get_args(get_args(AnySynthesizer)[0])
 
-    assert members == (ControlCodes,)
+    assert members == (ControlCodes, EpsVec)  # the second in tests/unit/test_epsvec_server.py
 
 
 # --- on the tiny model
