@@ -1,6 +1,6 @@
 """What a text looks like inside a model, and how to push the model towards it: read and write the residual stream.
 
-    representations   mean over all tokens of prompt + text of the stream after chosen decoder blocks
+    representations   mean over a text's tokens, read after a prompt, of the stream after chosen decoder blocks
     steer             within it, length * unit(direction) is added to the last token's stream after chosen blocks
 
 Blocks are numbered from 0; "after block l" is what block l + 1 reads. Both go through forward hooks that act in the
@@ -11,9 +11,11 @@ in one step that no other thread interrupts. Hooks are gone when the block ends,
 Out of scope: which directions, and what they cost (`clients.learners.epsvec`, `strategies.synthesizers.epsvec`).
 
 Legend of shapes: B = rows, T = padded length, D = width of the model.
-Source: EPSVec (2602.21218): representation after the block as a mean over all tokens, injection at the last token of
-every decoding step. Ours differs: the prompt does not end in an opener for the next example, which all texts share and
-which would only dilute the mean.
+Source: EPSVec (2602.21218): representation after the block, injection at the last token of every decoding step. Ours
+differs: theirs is the mean over prompt, text and an opener for the next example; ours over the text's own tokens. In a
+causal model the prompt's states are the same for all texts, so all that they add is one over the length of the text,
+and the first token's is huge: in SmolLM2-135M, after blocks 12 to 21, 91 to 97 % of the squared difference between two sets
+of headlines then lay in one coordinate, which told their lengths; over the text's own tokens it is 2 to 5 %.
 """
 
 from __future__ import annotations
@@ -77,9 +79,10 @@ def representations(
     max_text_tokens: int,
     batch_rows: int,
 ) -> dict[int, Floats]:
-    """Return, by layer, the mean over all tokens of prompt + text of the residual stream after that block.
+    """Return, by layer, the mean over a text's tokens of the residual stream after that block, read after its prompt.
 
-    A text is cut at `max_text_tokens`, a prompt never. Prompt and text are tokenised apart.
+    A text is cut at `max_text_tokens`, a prompt never. Prompt and text are tokenised apart; an empty prompt becomes
+    the token that texts begin with. An empty text is the mean over its prompt's tokens.
 
     Shapes: (len(texts), D) each, float32, also where the model is bfloat16.
     Guarantee: with `batch_rows` 1 a row is a function of its own prompt and text and of nothing else; in a batch the
@@ -89,10 +92,8 @@ def representations(
     import torch
 
     check_layers(model, layers)
-    encoded = [
-        _ids(tokenizer, prompt) + _ids(tokenizer, text)[:max_text_tokens]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    begins = [_ids(tokenizer, prompt) or [_start(tokenizer)] for prompt in prompts]
+    encoded = [begin + _ids(tokenizer, text)[:max_text_tokens] for begin, text in zip(begins, texts, strict=True)]
     found = {layer: np.zeros((len(encoded), width(model)), np.float32) for layer in layers}
     order = sorted(range(len(encoded)), key=lambda row: (len(encoded[row]), row))
     decoder = _core(model).get_decoder()
@@ -100,10 +101,13 @@ def representations(
         rows = order[start : start + batch_rows]
         ids_BT, mask_BT = _right_padded(tokenizer, [encoded[row] for row in rows])
         seen: dict[int, Any] = {}
-        # A later layer's hook returns nothing: looking changes nothing.
+        # What the hook calls returns nothing: looking changes nothing.
         with torch.inference_mode(), _after_blocks(model, layers, seen.__setitem__):
             decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         weights_BT1 = mask_BT[..., None].float()
+        for place, row in enumerate(rows):
+            if len(encoded[row]) > len(begins[row]):
+                weights_BT1[place, : len(begins[row])] = 0
         for layer, hidden_BTD in seen.items():
             total_BD = torch.where(weights_BT1 > 0, hidden_BTD.float(), 0.0).sum(dim=1)
             found[layer][rows] = (total_BD / weights_BT1.sum(dim=1)).numpy()
@@ -196,16 +200,18 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def _start(tokenizer: Any) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
 def _right_padded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[Any, Any]:
     """Return ids and mask. Right, so that a causal model's positions need no telling. Shapes: (B, T) int64."""
     import torch
 
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    filled = [list(ids) or [start] for ids in rows]
-    longest = max(len(ids) for ids in filled)
-    ids_BT = torch.full((len(filled), longest), tokenizer.pad_token_id, dtype=torch.int64)
-    mask_BT = torch.zeros((len(filled), longest), dtype=torch.int64)
-    for row, ids in enumerate(filled):
+    longest = max(len(ids) for ids in rows)
+    ids_BT = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.int64)
+    mask_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for row, ids in enumerate(rows):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         mask_BT[row, : len(ids)] = 1
     return ids_BT, mask_BT

@@ -1,6 +1,6 @@
 """EPSVec, the site's half: by class and layer, how its rows lie from public text inside the model. One Gaussian.
 
-    for every row    h_l = mean over the tokens of prompt + text of the residual stream after block l, l of `layers`
+    for every row    h_l = mean over its tokens, read after a public prompt, of the residual stream after block l
                      z   = (h_l - centre_l) / (scale_l * sqrt(len(layers))), all layers one vector
                      add   z cut to clip_norm * sqrt(1 - count_share^2), and clip_norm * count_share to the count,
                            to the row's class
@@ -32,7 +32,8 @@ public ones; ours subtracts the public mean: the same expectation before clippin
 and a row that leaves shifts no other row's partner. (2) Theirs samples n rows without replacement under a public seed
 and charges C/n, which is add-or-remove, with an amplification that holds for replace-one: noise short by 2. Ours uses
 all rows under add-or-remove. (3) Theirs draws noise from seed 42; ours from the site's `NoiseSource`. (4) Layers share
-one clip. (5) Theirs judges public texts by a second model; ours takes them as they are.
+one clip. (5) Theirs judges public texts by a second model; ours takes them as they are. (6) Which tokens the mean is
+over: `fl_app.steering`.
 """
 
 from __future__ import annotations

@@ -250,15 +250,18 @@ def test_the_sites_sum_is_the_sum_over_all_their_rows(release: Callable[..., Vec
 def test_a_vector_is_the_sum_of_the_differences_where_nothing_is_cut(
     frozen: FrozenModel, release: Callable[..., VectorRelease]
 ) -> None:
-    """The oracle: transformers' own hidden states of prompt + text, minus the centre, in the model's units."""
+    """The oracle: transformers' own hidden states of the text after its prompt, minus the centre."""
     import torch
 
     found, expected = release(rows(5), clip_norm=1e3), np.zeros(WIDTH)
     for row in rows(5):
         if row.code == CODES[0]:
-            ids = frozen.tokenizer(f"Letter about {CODES[0]}:\n{row.instruction[:24]}")["input_ids"]
+            prompt = f"Letter about {CODES[0]}:\n"
+            ids = frozen.tokenizer(prompt + row.instruction[:24])["input_ids"]  # bytes: a token each
             with torch.inference_mode():
-                states = frozen.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+                states = frozen.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][
+                    0, len(prompt) :
+                ]
             expected += states.mean(0).numpy() - material().vectors[f"{CODES[0]}/0/centre"]
     assert found.vectors[f"{CODES[0]}/0"] == pytest.approx(expected, abs=0.02)  # a lattice for a clip of 1000
     assert np.abs(expected).max() > 1

@@ -79,16 +79,23 @@ def bits(tensor: Any) -> bytes:
 
 
 def test_a_representation_is_the_mean_of_the_stream_after_the_block(model: Any, frozen: FrozenModel) -> None:
-    """The oracle: transformers' own hidden states of each text alone, without padding or batch."""
+    """The oracle: transformers' own hidden states of each text alone, without padding or batch.
+
+    The text's tokens count and the prompt's do not; of the empty text the prompt's do.
+    """
     import torch
 
     found = looks(model, frozen)
     for row, (prompt, text) in enumerate(zip(PROMPTS, TEXTS, strict=True)):
-        ids = frozen.tokenizer(prompt + text)["input_ids"]  # bytes: joined or apart, the same tokens
+        begin = frozen.tokenizer(prompt)["input_ids"] or [frozen.tokenizer.bos_token_id]
+        ids = begin + frozen.tokenizer(text)["input_ids"]
+        counts = slice(len(begin) if text else 0, None)
         with torch.inference_mode():
             states = core(model).model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-        assert found[0][row] == pytest.approx(states[1][0].mean(0).numpy(), abs=1e-5)
-        assert found[0][row] != pytest.approx(states[0][0].mean(0).numpy(), abs=1e-2)  # not before it
+        assert found[0][row] == pytest.approx(states[1][0, counts].mean(0).numpy(), abs=1e-5)
+        assert found[0][row] != pytest.approx(states[0][0, counts].mean(0).numpy(), abs=1e-2)  # not before it
+        if text:
+            assert found[0][row] != pytest.approx(states[1][0].mean(0).numpy(), abs=1e-2)
     assert {one.dtype for one in found.values()} == {np.dtype(np.float32)}
     assert found[1].shape == (len(TEXTS), 64)
 
@@ -97,12 +104,12 @@ def test_the_last_block_is_read_before_the_final_norm(model: Any, frozen: Frozen
     """Of one token the mean is the state itself, and the norm of it is what the decoder gives."""
     import torch
 
-    token = frozen.tokenizer("a")["input_ids"]
+    token = [frozen.tokenizer.bos_token_id, *frozen.tokenizer("a")["input_ids"]]
     looked = steering.representations(
         model, frozen.tokenizer, [""], ["a"], layers=[1], max_text_tokens=4, batch_rows=1
     )[1]
     with torch.inference_mode():
-        final = core(model).model(input_ids=torch.tensor([token]))[0][0, 0].numpy()
+        final = core(model).model(input_ids=torch.tensor([token]))[0][0, 1].numpy()
         normed = core(model).model.norm(torch.from_numpy(looked))[0].numpy()
     assert normed == pytest.approx(final, abs=1e-5)
     assert looked[0] != pytest.approx(final, abs=1e-2)
