@@ -14,8 +14,8 @@ Legend of shapes: B = rows, T = padded length, D = width of the model.
 Source: EPSVec (2602.21218): representation after the block, injection at the last token of every decoding step. Ours
 differs: theirs is the mean over prompt, text and an opener for the next example; ours over the text's own tokens. In a
 causal model the prompt's states are the same for all texts, so all that they add is one over the length of the text,
-and the first token's is huge: in SmolLM2-135M, after blocks 12 to 21, 91 to 97 % of the squared difference between two sets
-of headlines then lay in one coordinate, which told their lengths; over the text's own tokens it is 2 to 5 %.
+and the first token's is huge: in SmolLM2-135M, after blocks 12 to 21, 91 to 97 % of the squared difference between two
+sets of headlines then lay in one coordinate, which told their lengths; over the text's own tokens it is 2 to 5 %.
 """
 
 from __future__ import annotations
