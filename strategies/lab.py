@@ -9,20 +9,22 @@ two threads use two cores; and since cutting and streams do not depend on `threa
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from fl_app import inference, lora, models
+from fl_app import inference, lora, models, steering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from fl_app.inference import Likelihood
     from fl_app.models import FrozenModel
-    from fl_app.types import Adapter, VectorRelease
+    from fl_app.types import Adapter, Floats, VectorRelease
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -48,6 +50,16 @@ class TextModel(Protocol):
 
     def option_likelihood(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[Likelihood]]:
         """Return the likelihood of every option after its prompt; the prompt is computed once."""
+        ...
+
+
+class Writer(Protocol):
+    """A model that is asked for text and for nothing else: one that is steered has no likelihoods of its own."""
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float, top_p: float, rng: np.random.Generator
+    ) -> list[str]:
+        """See `TextModel.generate`."""
         ...
 
 
@@ -86,6 +98,15 @@ class LabModel:
     batch_rows: int
     pool: ThreadPoolExecutor
     progress: Callable[[int, int], None]
+    directions: Mapping[int, Floats] = field(default_factory=dict[int, "Floats"])
+    lengths: Mapping[int, float] = field(default_factory=dict[int, float])
+
+    def steered(self, directions: Mapping[int, Floats], lengths: Mapping[int, float]) -> Writer:
+        """Return the model pushed, for prompt number n, along row n of `directions` (`fl_app.steering.steer`).
+
+        Shapes: directions (prompts, D) by layer. All prompts are written in the same batches, whatever their rows.
+        """
+        return replace(self, directions=directions, lengths=lengths)
 
     def chat(self, user: str) -> str:
         """See `TextModel.chat`."""
@@ -100,15 +121,16 @@ class LabModel:
 
         def one(job: tuple[list[int], int]) -> list[str]:
             rows, seed = job
-            return inference.generate(
-                self.model,
-                self.tokenizer,
-                [prompts[row] for row in rows],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                rng=np.random.default_rng(seed),
-            )
+            with self._pushed(rows):
+                return inference.generate(
+                    self.model,
+                    self.tokenizer,
+                    [prompts[row] for row in rows],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    rng=np.random.default_rng(seed),
+                )
 
         return self._in_order(batches, self._run(one, list(zip(batches, seeds, strict=True))))
 
@@ -128,6 +150,13 @@ class LabModel:
             )
 
         return self._in_order(batches, self._run(one, batches))
+
+    def _pushed(self, rows: list[int]) -> AbstractContextManager[None]:
+        """Return what pushes the passes of the calling thread along these rows; nothing where none is steered."""
+        if not self.directions:
+            return nullcontext()
+        chosen = {layer: direction[rows] for layer, direction in self.directions.items()}
+        return steering.steer(self.model, chosen, self.lengths)
 
     def _run(self, one: Callable[[InT], OutT], jobs: Sequence[InT]) -> list[OutT]:
         results: list[OutT] = []

@@ -112,6 +112,42 @@ def test_equal_prompts_of_a_batch_are_sampled_apart(alone: Lab) -> None:
     assert len(set(_write(alone, ["Hm?"] * 6))) > 1
 
 
+# --- steered
+
+
+def _steered(lab: Lab, prompts: list[str], directions: dict[int, np.ndarray], length: float = 30.0) -> list[str]:
+    model = lab.local_with(None, "base").steered(directions, dict.fromkeys(directions, length))
+    return model.generate(prompts, max_new_tokens=6, temperature=1.0, top_p=1.0, rng=stream(0, "write"))
+
+
+def _directions() -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return {layer: rng.normal(size=(len(PROMPTS), 64)).astype(np.float32) for layer in (0, 1)}
+
+
+def test_steered_text_does_not_depend_on_threads_and_leaves_the_model_as_it_was(alone: Lab, pair: Lab) -> None:
+    before = _write(pair, PROMPTS)
+    texts = _steered(alone, PROMPTS, _directions())
+
+    assert _steered(pair, PROMPTS, _directions()) == texts != before
+    assert _write(pair, PROMPTS) == before
+
+
+def test_a_push_of_length_zero_is_none(alone: Lab) -> None:
+    assert _steered(alone, PROMPTS, _directions(), length=0.0) == _write(alone, PROMPTS)
+
+
+def test_each_prompt_is_pushed_along_its_own_row(alone: Lab) -> None:
+    """Batches are cut by length, so most prompts are computed out of turn: rows of zeros show whose is whose."""
+    plain = _write(alone, PROMPTS)
+    for row in range(len(PROMPTS)):
+        directions = {layer: np.zeros_like(one) for layer, one in _directions().items()}
+        for layer, one in _directions().items():
+            directions[layer][row] = one[row]
+        texts = _steered(alone, PROMPTS, directions)
+        assert [n for n, text in enumerate(texts) if text != plain[n]] == [row]
+
+
 # --- likelihoods of options of several widths
 
 
