@@ -6,6 +6,7 @@ from pydantic import Field
 
 from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
+from clients.learners.pe_votes import PeVotes
 from clients.learners.plain_lora import PlainLora
 
-AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora, Field(discriminator="kind")]
+AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora | PeVotes, Field(discriminator="kind")]
