@@ -21,29 +21,26 @@ from prompts with three raw private rows, which voids the guarantee (specs, 1.7)
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fl_app import journal
-from fl_app.config import Section
-from fl_app.errors import ConfigInvalid, RoundFailed
-from fl_app.types import ControlCode, Draft, Origin
+from fl_app.errors import RoundFailed
+from strategies.coded import SamplingSection, drafted, evenly, read_codes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
 
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, ControlCode, Draft
     from strategies.lab import Lab
     from strategies.stages import Synthesizer, Voices
 
 
-class ControlCodes(Section):
+class ControlCodes(SamplingSection):
     """[server.synthesizer] kind = "control_codes": `drafts` per round, codes drawn evenly from the file `codes`.
 
     With fewer `drafts` than sites under voices = "each_site", the last sites by name write none.
@@ -53,9 +50,6 @@ class ControlCodes(Section):
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]
     voices: Literal["merged", "each_site"] = "merged"
-    max_new_tokens: Annotated[int, Field(ge=4, le=4096)] = 64
-    temperature: Annotated[float, Field(gt=0, le=5)] = 0.9
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     def build(self, lab: Lab) -> Synthesizer:
         """Return the stage over the codes of the file.
@@ -63,28 +57,6 @@ class ControlCodes(Section):
         Raises: ConfigInvalid when the file is missing or holds no code.
         """
         return CodedSampling(section=self, lab=lab, codes=read_codes(Path(self.codes)))
-
-
-def read_codes(path: Path) -> tuple[ControlCode, ...]:
-    """Return the public control codes of a JSON-lines file with `id` and `text`.
-
-    Raises: ConfigInvalid when the file is missing, holds no code, one without id or text, or one id twice.
-    """
-    if not path.is_file():
-        raise ConfigInvalid(f"server.synthesizer.codes: no file at {path!s}; expected JSON lines with id and text")
-    codes: dict[str, ControlCode] = {}
-    for number, row in journal.numbered_lines(path):
-        name, text = row.get("id"), row.get("text")
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ConfigInvalid(
-                f"{path}:{number}: a control code needs id and text; found keys {', '.join(sorted(row))}"
-            )
-        if name in codes:
-            raise ConfigInvalid(f"{path}:{number}: control code {name!r} is there already; give every code its own id")
-        codes[name] = ControlCode(id=name, text=text)
-    if not codes:
-        raise ConfigInvalid(f"server.synthesizer.codes: {path} holds no control code")
-    return tuple(codes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +75,7 @@ class CodedSampling:
 
         Raises: RoundFailed when each site is to write and no release may.
         """
-        order: list[int] = []
-        while len(order) < self.section.drafts:
-            order += [int(i) for i in rng.permutation(len(self.codes))]
-        chosen = [self.codes[i] for i in order[: self.section.drafts]]
+        chosen = evenly(self.codes, self.section.drafts, rng)
         if self.section.voices == "merged":
             return self._written(voices.merged, "", chosen, range(len(chosen)), rng, round_number)
         if not voices.by_site:
@@ -136,31 +105,5 @@ class CodedSampling:
         if not codes:
             return ()
         writer = self.lab.local_with(adapter, f"W_loc + {voice or 'sites'}")
-        texts = writer.generate(
-            [code.text for code in codes],
-            max_new_tokens=self.section.max_new_tokens,
-            temperature=self.section.temperature,
-            top_p=self.section.top_p,
-            rng=rng,
-        )
-        return tuple(
-            _draft(
-                text.strip(),
-                Origin(
-                    round=round_number,
-                    method=self.section.kind,
-                    code=code.id,
-                    stream=str(place),
-                    prompt=code.text,
-                    voice=voice,
-                ),
-            )
-            for code, text, place in zip(codes, texts, places, strict=True)
-        )
-
-
-def _draft(text: str, origin: Origin) -> Draft:
-    # Without a voice the key is what it was before there were voices: ids of merged drafts stay.
-    named = f"\x1f{origin.voice}" if origin.voice else ""
-    key = f"{origin.round}\x1f{origin.method}\x1f{origin.code}\x1f{origin.stream}{named}\x1f{text}"
-    return Draft(id=hashlib.sha256(key.encode()).hexdigest()[:16], instruction=text, response="", origin=origin)
+        texts = self.section.sample(writer, [code.text for code in codes], rng)
+        return drafted(texts, codes, method=self.section.kind, round_number=round_number, places=places, voice=voice)

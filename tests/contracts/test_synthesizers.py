@@ -20,10 +20,11 @@ from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid, RoundFailed, StillroomError
 from fl_app.seeds import stream
 from fl_app.types import Adapter, ControlCode, Draft, LoraFactors
+from strategies.coded import read_codes
 from strategies.lab import Lab
 from strategies.stages import Voices
 from strategies.synthesizers import AnySynthesizer
-from strategies.synthesizers.control_codes import CodedSampling, ControlCodes, read_codes
+from strategies.synthesizers.control_codes import CodedSampling, ControlCodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
