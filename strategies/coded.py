@@ -99,11 +99,12 @@ def asked_for(model: TextModel, code: ControlCode, template: str, shots: Sequenc
 
 
 def unquoted(text: str) -> str:
-    """Return a text without blanks and one pair of quotes around it, which chat models like to add."""
+    """Return a text without blanks and the pair of quotes around it, which chat models like to add."""
     bare = text.strip()
-    pairs = (('"', '"'), ("\u201c", "\u201d"), ("'", "'"))
-    if len(bare) > 1 and any(bare.startswith(left) and bare.endswith(right) for left, right in pairs):
-        return bare[1:-1].strip()
+    for left, right in (('"', '"'), ("\u201c", "\u201d"), ("'", "'")):
+        inner = bare[1:-1]
+        if len(bare) > 1 and bare.startswith(left) and bare.endswith(right) and not {left, right} & set(inner):
+            return inner.strip()
     return bare
 
 

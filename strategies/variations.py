@@ -7,8 +7,8 @@
 | "fill"     | replace the blanks of a text of which a share of words is masked  | a model that follows instructions  |
 
 `mask_share` is the probability that a word is given up: of each word for "fill"; for "continue" the words kept are the
-first Binomial(n, 1 - mask_share). The asked length of "rephrase" and "fill" is the text's own plus normal noise, so
-that a population does not shrink to one length.
+first Binomial(n, 1 - mask_share), never all. The asked length of "rephrase" and "fill" is the text's own plus normal
+noise, so that a population does not shrink to one length.
 
 Source: Aug-PE (Xie et al. 2024, 2403.01749), rephrasing for open models and filling masked text for a large one, with
 length noise; "continue" is ours, for models too small to follow either.
@@ -57,14 +57,12 @@ class VariationSection(SamplingSection):
         """
         begun = [self._begin(model, parent, codes, rng) for parent in parents]
         written = self.sample(model, [prompt for prompt, _ in begun], rng)
-        texts = [
-            f"{kept} {_first_paragraph(text)}".strip() if kept else unquoted(_first_paragraph(text))
-            for (_, kept), text in zip(begun, written, strict=True)
-        ]
-        return [
-            CodedText(code=parent.code, text=text) if text else parent
-            for parent, text in zip(parents, texts, strict=True)
-        ]
+        varied: list[CodedText] = []
+        for parent, (_, kept), text in zip(parents, begun, written, strict=True):
+            answer = _first_paragraph(text)
+            whole = f"{kept} {answer}".strip() if self.kind == "continue" else unquoted(answer)
+            varied.append(CodedText(code=parent.code, text=whole) if answer and whole else parent)
+        return varied
 
     def _begin(
         self, model: TextModel, parent: CodedText, codes: Mapping[str, str], rng: np.random.Generator
@@ -74,7 +72,7 @@ class VariationSection(SamplingSection):
         length = max(LEAST_WORDS, len(words) + round(rng.normal(0, self.length_std)))
         match self.kind:
             case "continue":
-                kept = " ".join(words[: rng.binomial(len(words), 1 - self.mask_share)])
+                kept = " ".join(words[: min(rng.binomial(len(words), 1 - self.mask_share), len(words) - 1)])
                 return codes.get(parent.code, "") + kept, kept
             case "rephrase":
                 tone = TONES[int(rng.integers(len(TONES)))]
