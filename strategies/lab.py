@@ -17,12 +17,12 @@ import numpy as np
 from fl_app import inference, lora, models
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from fl_app.inference import Likelihood
     from fl_app.models import FrozenModel
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, VectorRelease
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -62,6 +62,16 @@ class ServerModels(Protocol):
     @property
     def public_words(self) -> frozenset[str]:
         """Lower-case words of the public text: never personal data."""
+        ...
+
+    @property
+    def local(self) -> FrozenModel:
+        """The bare W_loc."""
+        ...
+
+    @property
+    def surveys(self) -> Mapping[str, VectorRelease]:
+        """By site, what was counted and summed once for this run; the pipeline sets it before the methods run."""
         ...
 
     @property
@@ -157,6 +167,7 @@ class Lab:
     ) -> None:
         self.local = local
         self.directory = directory
+        self.surveys: Mapping[str, VectorRelease] = {}
         self.public_words = public_words
         self.threads = threads
         self.system = system
