@@ -35,11 +35,11 @@ def bin_names(population: Sequence[CodedText]) -> tuple[str, ...]:
     return tuple(hashlib.sha256(key.encode()).hexdigest()[:16] for key in keys)
 
 
-def bins_by_code(population: Sequence[CodedText]) -> dict[str, Indices]:
-    """Return the places of each code's texts, ascending."""
+def bins_by_code(codes: Sequence[str]) -> dict[str, Indices]:
+    """Return the places of each code, ascending; `codes` are those of the population's texts, in order."""
     found: dict[str, list[int]] = {}
-    for place, one in enumerate(population):
-        found.setdefault(one.code, []).append(place)
+    for place, code in enumerate(codes):
+        found.setdefault(code, []).append(place)
     return {code: np.array(places, np.int64) for code, places in found.items()}
 
 
@@ -55,11 +55,11 @@ class Ballot:
     banks: Mapping[str, Floats]
 
     @classmethod
-    def of(cls, population: Sequence[CodedText], embeddings: Floats) -> Ballot:
-        """Return the ballot over a population. Shapes: embeddings (len(population), d)."""
-        places = bins_by_code(population)
+    def of(cls, codes: Sequence[str], embeddings: Floats) -> Ballot:
+        """Return the ballot over texts of these codes. Shapes: embeddings (len(codes), d)."""
+        places = bins_by_code(codes)
         banks = {code: np.ascontiguousarray(embeddings[own]) for code, own in places.items()}
-        return cls(size=len(population), places=places, banks=banks)
+        return cls(size=len(codes), places=places, banks=banks)
 
     def vote(self, own: Floats, code: str, *, nearest: int) -> Doubles:
         """Return one text's vote: 1 / sqrt(nearest) for each of its `nearest` bins by cosine, within its code.

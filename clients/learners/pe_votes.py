@@ -44,12 +44,14 @@ CLIP_NORM = 1.0
 class PeVotes(Section):
     """[client.learner] kind = "pe_votes".
 
-    `nearest` texts share a row's vote. `embedder` is the server's as well. `noise_multiplier` fixes the noise;
-    without it the site takes the least that its budget allows.
+    `nearest` texts share a row's vote. `within` says among which: those of the row's own code, or of all codes, which
+    is for codes so fine that most have no text in the population. `noise_multiplier` fixes the noise; without it the
+    site takes the least that its budget allows.
     """
 
     kind: Literal["pe_votes"]
     embedder: AnyEmbedder
+    within: Literal["code", "all"] = "code"
     nearest: Annotated[int, Field(ge=1, le=1000)] = 1
     noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
@@ -112,7 +114,10 @@ class VoteCounter:
         """Return the sum of the units' joint votes; private. Shapes: (texts,) float64."""
         embed = self.section.embedder.build(bench.model)
         population = bench.material.texts
-        ballot = votes.Ballot.of(population, embed([one.text for one in population]))
+        ballot = votes.Ballot.of(
+            [one.code if self.section.within == "code" else "" for one in population],
+            embed([one.text for one in population]),
+        )
         own = embed([row.instruction for row in rows.examples], alone=True)
         of_unit: dict[str, list[int]] = {}
         for number, row in enumerate(rows.examples):
@@ -121,7 +126,8 @@ class VoteCounter:
         for numbers in of_unit.values():
             joint = np.zeros(ballot.size)
             for number in numbers:
-                joint += ballot.vote(own[number], rows.examples[number].code, nearest=self.section.nearest)
+                code = rows.examples[number].code if self.section.within == "code" else ""
+                joint += ballot.vote(own[number], code, nearest=self.section.nearest)
             total += votes.bounded(joint, gaussian.usable_clip(CLIP_NORM))
         del own, of_unit
         return total

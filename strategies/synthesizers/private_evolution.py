@@ -18,6 +18,9 @@ site. The sum over n sites has noise of noise_multiplier * sqrt(n) votes in ever
 
 Never to raw counts, which the papers use. While there is room, every code with a text keeps one.
 
+`weigh` says what a site weighs in the sum: as many "votes" as it has, or every site the same ("sites"), its histogram
+brought to L2 norm 1. A hostile site can send any numbers; only with "sites" is it worth no more than another.
+
 `emits` says what becomes drafts: what was "selected" (as the papers), or the whole next "population".
 
 With `writer`, an adapter that a former run's sites trained, votes refine DP text: RAFT's combination of strong sites
@@ -79,7 +82,7 @@ class PrivateEvolution(SamplingSection):
 
     `population` texts are voted on, `keep` of them stay. `opening` writes the first ones: after the codes' texts with
     `writer` (a PEFT directory; empty: the target), or "zero_shot" by the bare model, asked with `describe`. Noisy
-    counts below `threshold` count as 0 when texts are chosen.
+    counts below `threshold`, in the units of the sum, count as 0 when texts are chosen.
     """
 
     kind: Literal["private_evolution"]
@@ -91,6 +94,7 @@ class PrivateEvolution(SamplingSection):
     describe: str = DESCRIBED
     select: Rule = "rank"
     quota: Literal["votes", "survey", "even"] = "votes"
+    weigh: Literal["votes", "sites"] = "votes"
     threshold: Annotated[float, Field(ge=0)] = 0.0
     emits: Literal["selected", "population"] = "selected"
     variation: VariationSection = Field(default_factory=VariationSection)
@@ -164,7 +168,7 @@ class Evolution:
         if material is None or not material.texts:
             raise RoundFailed(f"round {round_number}: private_evolution has no population; the sites voted on nothing")
         population = material.texts
-        counts = _summed(voices, votes.bin_names(population), round_number)
+        counts = self._summed(voices, votes.bin_names(population), round_number)
         kept = tuple(population[place] for place in self._selected(counts, population, voices, rng, round_number))
         last = Generation(kept=kept)
         if self.section.emits == "population":
@@ -215,7 +219,7 @@ class Evolution:
         round_number: int,
     ) -> list[int]:
         """Return the places of the texts that stay, most noisy votes first."""
-        places = votes.bins_by_code(population)
+        places = votes.bins_by_code([one.code for one in population])
         present = [code.id for code in self.codes if code.id in places]
         weights = self._weights(counts, places, present, voices, round_number)
         sizes = [len(places[code]) for code in present]
@@ -228,6 +232,26 @@ class Evolution:
             for place in chosen(heard, places[code], least + more, self.section.select, rng)
         ]
         return sorted(found, key=lambda place: (-counts[place], place))
+
+    def _summed(self, voices: Voices, names: tuple[str, ...], round_number: int) -> Doubles:
+        """Return the sum of the sites' histograms, sites in the order of their names. Raises: RoundFailed."""
+        total = np.zeros(len(names))
+        histograms = {site: one for site, one in sorted(voices.releases.items()) if isinstance(one, HistogramRelease)}
+        if not histograms:
+            raise RoundFailed(
+                f"round {round_number}: private_evolution got no histogram. Way out: client.learner.kind = "
+                '"pe_votes", and an aggregator that adds no noise of its own'
+            )
+        for site, release in histograms.items():
+            if release.bins != names or release.counts.shape != (len(names),):
+                raise RoundFailed(
+                    f"round {round_number}: site {site} voted on {len(release.bins)} texts that are not this round's "
+                    f"{len(names)}; its release is of another round or run"
+                )
+            counts = release.counts.astype(np.float64)
+            norm = float(np.linalg.norm(counts))
+            total += counts / norm if self.section.weigh == "sites" and norm > 0 else counts
+        return total
 
     def _weights(
         self,
@@ -275,25 +299,6 @@ class Evolution:
 
     def _folder(self) -> Path | None:
         return None if self.lab.directory is None else self.lab.directory / "evolution"
-
-
-def _summed(voices: Voices, names: tuple[str, ...], round_number: int) -> Doubles:
-    """Return the sum of the sites' histograms, sites in the order of their names. Raises: RoundFailed."""
-    total = np.zeros(len(names))
-    histograms = {site: one for site, one in sorted(voices.releases.items()) if isinstance(one, HistogramRelease)}
-    if not histograms:
-        raise RoundFailed(
-            f'round {round_number}: private_evolution got no histogram. Way out: client.learner.kind = "pe_votes", and '
-            "an aggregator that adds no noise of its own"
-        )
-    for site, release in histograms.items():
-        if release.bins != names or release.counts.shape != (len(names),):
-            raise RoundFailed(
-                f"round {round_number}: site {site} voted on {len(release.bins)} texts that are not this round's "
-                f"{len(names)}; its release is of another round or run"
-            )
-        total += release.counts.astype(np.float64)
-    return total
 
 
 def _surveyed(voices: Voices, size: int, round_number: int) -> Doubles:

@@ -102,6 +102,35 @@ def test_a_row_of_a_code_without_texts_votes_nowhere(bench: Workbench) -> None:
     assert count(learner(), [row("skin one", "heart")], bench).tolist() == [0.0] * 6
 
 
+def test_within_all_codes_the_nearest_text_gets_the_vote_whatever_its_code(bench: Workbench) -> None:
+    found = count(learner(within="all"), [row("skin one", "heart"), row("lung four words of it", "skin")], bench)
+
+    place = {one.text: number for number, one in enumerate(POPULATION)}
+    assert found[place["skin one"]] == pytest.approx(USABLE, abs=1e-3)
+    assert found[place["lung four words of it"]] == pytest.approx(USABLE, abs=1e-3)
+    assert found.sum() == pytest.approx(2 * USABLE, abs=1e-3)
+
+
+def test_private_texts_are_embedded_alone(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch a row's last bits depend on its neighbours, and a vote may turn on them."""
+    real, seen = LocalStates.build, []
+
+    def build(self: LocalStates, local: FrozenModel) -> Any:
+        embed = real(self, local)
+
+        def spy(texts: Sequence[str], *, alone: bool = False) -> Any:
+            seen.append((tuple(texts), alone))
+            return embed(texts, alone=alone)
+
+        return spy
+
+    monkeypatch.setattr(LocalStates, "build", build)
+    count(learner(), [row("skin one"), row("lung !?", "lung")], bench)
+
+    assert (("skin one", "lung !?"), True) in seen
+    assert (tuple(one.text for one in POPULATION), False) in seen
+
+
 def test_several_nearest_share_one_vote(bench: Workbench) -> None:
     found = count(learner(nearest=2), [row("skin one")], bench)
 

@@ -173,6 +173,17 @@ def test_votes_of_all_sites_are_added_and_the_most_voted_for_stay_in_that_order(
     assert kept(one, voices(material, [0, 3, 0, 2])) == ["skin 1", "skin 3"], "the twin: one site alone says otherwise"
 
 
+def test_a_site_may_weigh_as_its_votes_or_as_any_other() -> None:
+    """A hostile site shouts for the worst text; two others agree on the first, one by 3 votes and one by 30."""
+    material = material_of("skin", "skin", "skin")
+    counts = [3, 1, 0], [30, 10, 0], [-1e9, 0, 1e9]
+
+    assert kept(evolution(population=3, keep=1, weigh="votes"), voices(material, *counts)) == ["skin 2"]
+    assert kept(evolution(population=3, keep=1, weigh="sites"), voices(material, *counts)) == ["skin 0"]
+    silent = [0, 0, 0], [0, 1, 0]
+    assert kept(evolution(population=3, keep=1, weigh="sites"), voices(material, *silent)) == ["skin 1"]
+
+
 def test_quotas_by_votes_evenly_and_by_survey() -> None:
     """8 bins, 5 stay; every code keeps one, the two left go by weight: votes 1 : 8 : 3, survey 30 : 1 : 1."""
     material = material_of(*["skin"] * 3, *["lung"] * 3, *["heart"] * 2)

@@ -16,7 +16,8 @@ POPULATION = (
     *(CodedText(code="skin", text="a"), CodedText(code="lung", text="b")),
     *(CodedText(code="skin", text="c"), CodedText(code="skin", text="d")),
 )
-BALLOT = votes.Ballot.of(POPULATION, np.array([[1, 0], [0, 1], [0.6, 0.8], [0, 1]], np.float32))
+NAMED = [one.code for one in POPULATION]
+BALLOT = votes.Ballot.of(NAMED, np.array([[1, 0], [0, 1], [0.6, 0.8], [0, 1]], np.float32))
 
 
 def _cast(own: tuple[float, float], code: str, nearest: int) -> list[float]:
@@ -35,7 +36,7 @@ def test_votes_by_hand() -> None:
 
 
 def test_of_equals_the_first_gets_the_vote() -> None:
-    twins = votes.Ballot.of(POPULATION, np.ones((4, 2), np.float32))
+    twins = votes.Ballot.of(NAMED, np.ones((4, 2), np.float32))
 
     assert twins.vote(np.array([1, 0], np.float32), "skin", nearest=1).tolist() == [1, 0, 0, 0]
 
@@ -44,7 +45,7 @@ def test_of_equals_the_first_gets_the_vote() -> None:
 @given(seed=st.integers(0, 999), nearest=st.integers(1, 6), code=st.sampled_from(["skin", "lung", "heart"]))
 def test_a_vote_weighs_at_most_one(seed: int, nearest: int, code: str) -> None:
     rng = np.random.default_rng(seed)
-    ballot = votes.Ballot.of(POPULATION, rng.normal(size=(4, 2)).astype(np.float32))
+    ballot = votes.Ballot.of(NAMED, rng.normal(size=(4, 2)).astype(np.float32))
 
     vote = ballot.vote(rng.normal(size=2).astype(np.float32), code, nearest=nearest)
 
