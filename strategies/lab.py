@@ -77,6 +77,11 @@ class ServerModels(Protocol):
         ...
 
     @property
+    def local(self) -> FrozenModel:
+        """The bare W_loc."""
+        ...
+
+    @property
     def surveys(self) -> Mapping[str, VectorRelease]:
         """What every site that was ever sound counted and summed, by site; filled in the first round."""
         ...

@@ -8,9 +8,10 @@ from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
 from clients.learners.epsvec import EpsVec
 from clients.learners.invisible_ink import InvisibleInk
+from clients.learners.pe_votes import PeVotes
 from clients.learners.plain_lora import PlainLora
 from clients.learners.private_prediction import PrivatePrediction
 
 AnyLearner: TypeAlias = Annotated[
-    DpLora | DpFfaLora | PlainLora | PrivatePrediction | InvisibleInk | EpsVec, Field(discriminator="kind")
+    DpLora | DpFfaLora | PlainLora | PrivatePrediction | InvisibleInk | EpsVec | PeVotes, Field(discriminator="kind")
 ]

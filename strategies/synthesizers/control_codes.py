@@ -27,22 +27,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fl_app.config import Section
 from fl_app.errors import RoundFailed
-from fl_app.types import ControlCode, Draft, Material, Origin, ReleaseSpec
-from strategies.codes import draft, read_codes
+from fl_app.types import Material, ReleaseSpec
+from strategies.coded import SamplingSection, drafted, evenly, read_codes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
 
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, ControlCode, Draft
     from strategies.lab import Lab
     from strategies.stages import Synthesizer, Voices
 
 
-class ControlCodes(Section):
+class ControlCodes(SamplingSection):
     """[server.synthesizer] kind = "control_codes": `drafts` per round, codes drawn evenly from the file `codes`.
 
     With fewer `drafts` than sites under voices = "each_site", the last sites by name write none.
@@ -52,9 +51,6 @@ class ControlCodes(Section):
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]
     voices: Literal["merged", "each_site"] = "merged"
-    max_new_tokens: Annotated[int, Field(ge=4, le=4096)] = 64
-    temperature: Annotated[float, Field(gt=0, le=5)] = 0.9
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 
     def build(self, lab: Lab) -> Synthesizer:
         """Return the stage over the codes of the file.
@@ -91,10 +87,7 @@ class CodedSampling:
 
         Raises: RoundFailed when each site is to write and no release may.
         """
-        order: list[int] = []
-        while len(order) < self.section.drafts:
-            order += [int(i) for i in rng.permutation(len(self.codes))]
-        chosen = [self.codes[i] for i in order[: self.section.drafts]]
+        chosen = evenly(self.codes, self.section.drafts, rng)
         if self.section.voices == "merged":
             return self._written(voices.merged, "", chosen, range(len(chosen)), rng, round_number)
         if not voices.by_site:
@@ -124,24 +117,5 @@ class CodedSampling:
         if not codes:
             return ()
         writer = self.lab.local_with(adapter, f"W_loc + {voice or 'sites'}")
-        texts = writer.generate(
-            [code.text for code in codes],
-            max_new_tokens=self.section.max_new_tokens,
-            temperature=self.section.temperature,
-            top_p=self.section.top_p,
-            rng=rng,
-        )
-        return tuple(
-            draft(
-                text.strip(),
-                Origin(
-                    round=round_number,
-                    method=self.section.kind,
-                    code=code.id,
-                    stream=str(place),
-                    prompt=code.text,
-                    voice=voice,
-                ),
-            )
-            for code, text, place in zip(codes, texts, places, strict=True)
-        )
+        texts = self.section.sample(writer, [code.text for code in codes], rng)
+        return drafted(texts, codes, method=self.section.kind, round_number=round_number, places=places, voice=voice)

@@ -36,7 +36,7 @@ from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, NotFinite, RoundFailed
 from fl_app.seeds import stream
 from fl_app.types import CodedText, Material, Origin, ReleaseSpec, VectorRelease
-from strategies.codes import draft, read_coded_texts, read_codes
+from strategies.coded import draft, read_coded_texts, read_codes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

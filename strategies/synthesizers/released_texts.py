@@ -23,7 +23,7 @@ from pydantic import Field
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import CodedText, Draft, Material, Origin, ReleaseSpec, TextRelease
-from strategies.codes import draft, read_coded_texts, read_codes
+from strategies.coded import draft, read_coded_texts, read_codes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

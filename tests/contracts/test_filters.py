@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from fl_app.types import Draft, Origin
+from fl_app import models
+from fl_app.types import Draft, Origin, VectorRelease
 from strategies.filters import AnyFilter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fl_app.models import FrozenModel
     from strategies.stages import Filter
 
 MAX_REASON = 120
@@ -27,6 +30,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "domain": [{"question": "Is it medical? {text}"}, {"question": "{text}", "threshold": 1.5}],
     "pii": [{}, {"names": "mask"}],
     "site_share": [{}, {"max_share": 1.0}, {"max_share": 1.2, "min_voices": 3}],
+    "kernel_density": [
+        {"embedder": {"kind": "local"}, "dim": 8, "keep": 2},
+        {"embedder": {"kind": "local"}, "dim": 8, "keep": 3, "by": "all"},
+    ],
 }
 CASES = [(kind, options) for kind, rows in SETTINGS.items() for options in rows]
 PIECES = [
@@ -68,6 +75,13 @@ class _FakeModel:
 class _FakeLab:
     professional = _FakeModel()
     public_words = frozenset({"tincture", "fever", "the", "harbour"})
+    surveys: ClassVar[dict[str, VectorRelease]] = {
+        "abbey": VectorRelease(vectors={"kernel": np.linspace(-3, 5, 8, dtype=np.float32)})
+    }
+
+    @property
+    def local(self) -> FrozenModel:
+        return models.load("tiny-random", "float32")
 
 
 def voice_of(text: str) -> str:

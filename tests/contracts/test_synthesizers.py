@@ -20,12 +20,16 @@ from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid, RoundFailed, StillroomError
 from fl_app.seeds import stream
 from fl_app.types import Adapter, ControlCode, Draft, LoraFactors
+from strategies.coded import read_codes
 from strategies.lab import Lab
 from strategies.stages import Voices
 from strategies.synthesizers import AnySynthesizer
-from strategies.synthesizers.control_codes import CodedSampling, ControlCodes, read_codes
+from strategies.synthesizers.control_codes import CodedSampling, ControlCodes
 from strategies.synthesizers.epsvec import EpsVec
+from strategies.synthesizers.private_evolution import PrivateEvolution
+from strategies.synthesizers.public_only import PublicOnly
 from strategies.synthesizers.released_texts import ReleasedTexts
+from strategies.synthesizers.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -103,9 +107,10 @@ def adapter(lab: Lab) -> Adapter:
 
 
 def test_the_union_is_what_these_tests_are_run_on() -> None:
+    """The other members have files of their own."""
     members: tuple[Any, ...] = get_args(get_args(AnySynthesizer)[0])
 
-    assert members == (ControlCodes, ReleasedTexts, EpsVec)  # the others in files of their own
+    assert members == (ControlCodes, ReleasedTexts, EpsVec, PrivateEvolution, PublicOnly, ZeroShot)
 
 
 # --- on the tiny model
