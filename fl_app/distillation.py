@@ -22,7 +22,7 @@ from fl_app import sequences, soft_loss, token_loss
 from fl_app.errors import ConfigInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fl_app.sequences import FrozenPrefix, MicroBatch, Scored, TokenSequence
     from fl_app.token_loss import Head
@@ -62,7 +62,7 @@ class Teacher:
         self._kept_bytes = 0
         self._kept: dict[int, tuple[TokenSequence, Any]] = {}
 
-    def keep(self, known: list[TokenSequence]) -> None:
+    def keep(self, known: Sequence[TokenSequence]) -> None:
         """Let the states of these sequences be kept when they are first met, up to `most_bytes` in all."""
         self._kept = {id(one): (one, None) for one in known}
 

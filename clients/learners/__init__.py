@@ -4,8 +4,9 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from clients.learners.dp_distil import DpDistil
 from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
 from clients.learners.plain_lora import PlainLora
 
-AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | PlainLora, Field(discriminator="kind")]
+AnyLearner: TypeAlias = Annotated[DpLora | DpFfaLora | DpDistil | PlainLora, Field(discriminator="kind")]

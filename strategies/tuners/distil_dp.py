@@ -77,7 +77,7 @@ class SoftTuning:
             return Tuning(section=section, lab=self.lab).fit(adapter, examples, rng)
         teacher = Teacher(self.lab.professional.model)
         if section.epochs > 1:
-            teacher.keep(list(encoded.answers))
+            teacher.keep(encoded.answers)
         answers = {id(one) for one in encoded.answers}
         projection = self._projection(teacher.width, rng)
         losses = DistilLoss(
