@@ -43,7 +43,7 @@ OWN_WORDS = Weights(hard=0.0, soft=1.0)
 
 
 class TeacherSection(Section):
-    """[client.learner.teacher]: a model as in [model] name, empty for the student's base; a PEFT adapter on it, or none."""
+    """[client.learner.teacher]: a model as in [model] name, empty for the student's base; a PEFT adapter, or none."""
 
     model: str = ""
     adapter: str = ""
