@@ -262,10 +262,10 @@ def section(**how: Any) -> DpDistil:
     return DpDistil.model_validate(given)
 
 
-def learn(frozen: FrozenModel, start: Adapter, told: DpDistil, noise: Any = None) -> Adapter:
+def learn(frozen: FrozenModel, start: Adapter, told: DpDistil, noise: Any = None, count: int = 9) -> Adapter:
     learner = told.build()
     receipt = learner.announce(constants(), 1.0)
-    release: Any = learner(rows(), start, receipt, constants(), bench_of(frozen, noise or AllRows()))
+    release: Any = learner(rows(count), start, receipt, constants(), bench_of(frozen, noise or AllRows()))
     return release.adapter
 
 
@@ -304,6 +304,19 @@ def test_a_step_is_the_clipped_sum_of_the_rows_own_losses(
     losses = DistilLoss(teacher=Teacher(frozen.model), weigh=lambda _: weights)
     expected = clipped_by_hand(one_by_one(student, examples, losses), CLIP) / 4
     assert distance(gradients[0], expected) < 1e-3  # the lattice, float32, and the clip's slack
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_a_neighbour_moves_every_sum_by_the_clip_at_most(
+    frozen: FrozenModel, learned: Make, gradients: list[np.ndarray], on_policy: bool
+) -> None:
+    """Steps too small to move a weight, so that each is a first step; the ninth row is who D' has more."""
+    told = section(on_policy=on_policy, steps=3, learning_rate=1e-30, clip_norm=0.002)
+    for count in (9, 8):
+        learn(frozen, learned(5), told, count=count)
+    moved = [np.linalg.norm(gradients[n] - gradients[3 + n]) * 4 for n in range(3)]
+    assert all(0.9 * 0.002 <= one <= 0.002 * (1 + 1e-3) for one in moved)  # the lattice and float32
+    assert (np.abs(gradients[0] - gradients[1]).max() > 1e-9) == on_policy  # other words in every step
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
