@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -39,6 +39,22 @@ Engine = Literal["fused", "opacus"]
 
 NORM_BLOCK = 1 << 9
 """Coordinates whose squares are added in float32; whole factors would be off by 1e-3 in the worst case."""
+
+
+class RowLosses(Protocol):
+    """A loss for each row of a micro-batch, a function of that row alone; `sequences.example_losses` is the plain one.
+
+    `name` tells its arithmetic from that of others: whether rows keep apart is asked once for each.
+    """
+
+    @property
+    def name(self) -> str:
+        """What is computed, in words that differ where the arithmetic does."""
+        ...
+
+    def __call__(self, model: Any, batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
+        """Return the losses. Shape: (B,) float32."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
@@ -62,8 +78,11 @@ def clipped_sum(
     pad_id: int,
     engine: Engine = "fused",
     frozen: FrozenPrefix | None = None,
+    losses: RowLosses | None = None,
 ) -> ClippedSum:
-    """Return the clipped sum of the gradients of each example's own mean loss; zeros for no examples.
+    """Return the clipped sum of the gradients of each example's own loss; zeros for no examples.
+
+    The loss is the mean over the example's own tokens, or what `losses` says.
 
     Guarantee: adding or removing one example changes the result by at most `clip_norm` in L2 norm, up to a relative
     2^-15 for the float32 norm and 2^-53 for each addition, whatever the other examples are. Micro-batches of at most
@@ -72,8 +91,9 @@ def clipped_sum(
     layout = _Layout.of(model)
     total_P = np.zeros(layout.size)
     per_example = _opacus_gradients if engine == "opacus" else _fused_gradients
-    with per_example(model, layout) as gradients_of:
-        tokens = max_batch_tokens if _rows_keep_apart(model, layout, gradients_of, max_batch_tokens, engine) else 1
+    with per_example(model, layout, losses) as gradients_of:
+        how = f"{engine} {losses.name if losses else ''}"
+        tokens = max_batch_tokens if _rows_keep_apart(model, layout, gradients_of, max_batch_tokens, how) else 1
         for batch in sequences.isolated_batches(examples, max_batch_tokens=tokens, pad_id=pad_id):
             _add_clipped(total_P, gradients_of(batch, frozen), clip_norm)
     return ClippedSum(tensors=layout.split(total_P))
@@ -125,9 +145,9 @@ class _Layout:
 
 
 def _rows_keep_apart(
-    model: Any, layout: _Layout, gradients_of: Callable[..., Any], max_batch_tokens: int, engine: Engine
+    model: Any, layout: _Layout, gradients_of: Callable[..., Any], max_batch_tokens: int, how: str
 ) -> bool:
-    """Whether a row's gradient has the same bits alone and in company, here and now; asked once per process.
+    """Whether a row's gradient has the same bits alone and in company, here and now; asked once per process and `how`.
 
     The products are tried at every height (`fl_app.kernels`), then the model as a whole on a few short rows: GPT-2's
     attention, for one, takes another path for one row than for two.
@@ -138,7 +158,7 @@ def _rows_keep_apart(
     dtype = str(model.get_input_embeddings().weight.dtype)
     attention = str(getattr(config, "_attn_implementation", ""))
     shape = (config.to_json_string(), str(layout.shapes))
-    place = (*shape, dtype, attention, engine, max_batch_tokens, torch.get_num_threads())
+    place = (*shape, dtype, attention, how, max_batch_tokens, torch.get_num_threads())
     verdicts = _verdicts()
     if place not in verdicts:
         verdicts[place] = kernels.keep_rows_apart(model, max_batch_tokens) and _gradients_keep_apart(
@@ -199,7 +219,7 @@ def _add_clipped(total_P: npt.NDArray[np.float64], gradient_BP: Any, clip_norm: 
 
 
 @contextmanager
-def _fused_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any]]:
+def _fused_gradients(model: Any, layout: _Layout, losses: RowLosses | None) -> Generator[Callable[..., Any]]:
     """Yield a function: micro-batch -> per-example gradients (B, P), formed while the backward pass goes by."""
     import torch
 
@@ -218,7 +238,7 @@ def _fused_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any
             buffer = torch.empty(batch.ids_BT.shape[0], layout.size)
         seen.clear()
         with torch.enable_grad():
-            sequences.example_losses(model, batch, frozen).sum().backward()
+            (losses or sequences.example_losses)(model, batch, frozen).sum().backward()
         for name in layout.shapes.keys() - seen:  # a layer that no token passed through
             layout.part(buffer, name).zero_()
         return buffer
@@ -266,7 +286,7 @@ def _products_into(target_BrI: Any, left_BrT: Any, right_BTI: Any, *, add: bool)
 
 
 @contextmanager
-def _opacus_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., Any]]:
+def _opacus_gradients(model: Any, layout: _Layout, losses: RowLosses | None) -> Generator[Callable[..., Any]]:
     """Yield the same function from Opacus' grad-sample hooks."""
     import torch
     from opacus.grad_sample.grad_sample_module import GradSampleHooks
@@ -278,7 +298,7 @@ def _opacus_gradients(model: Any, layout: _Layout) -> Generator[Callable[..., An
     hooks: Any = GradSampleHooks(model, batch_first=True, loss_reduction="sum", strict=False)
 
     def gradients_of(batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
-        sequences.example_losses(model, batch, frozen).sum().backward()
+        (losses or sequences.example_losses)(model, batch, frozen).sum().backward()
         gradient_BP = torch.empty(batch.ids_BT.shape[0], layout.size)
         for name, weight in weights.items():
             sample = weight.grad_sample.detach()

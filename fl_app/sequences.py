@@ -172,6 +172,40 @@ def isolated_batches(sequences: Sequence[TokenSequence], *, max_batch_tokens: in
     return batches
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+class Scored:
+    """A model's last states where a loss is due. Shapes: hidden (N, D); rows of the batch, targets (N,)."""
+
+    hidden_ND: Any
+    rows_N: Any
+    targets_N: Any
+
+    def means(self, losses_N: Any, batch: MicroBatch) -> Any:
+        """Return each row's mean over its own positions, 0 for a row without any. Shape: (B,) float32."""
+        import torch
+
+        counts_B = batch.loss_mask_BT.sum(dim=1).clamp(min=1)
+        totals_B = torch.zeros(batch.ids_BT.shape[0], dtype=torch.float32).index_add(0, self.rows_N, losses_N)
+        return totals_B / counts_B
+
+
+def core_of(model: Any) -> Any:
+    """Return the causal language model inside a PEFT model, or the model itself when it is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def scored(model: Any, batch: MicroBatch, frozen: FrozenPrefix | None = None) -> Scored:
+    """Return the states that logits are due from, N of B * T. With `frozen`, only adapted blocks are computed."""
+    decoder = core_of(model).get_decoder()
+    if frozen is None:
+        hidden_BTD = decoder(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
+    else:
+        hidden_BTD = _from_block(decoder, frozen.entering(model, batch), batch, frozen.first_block)
+    rows_N, positions_N = batch.loss_mask_BT.nonzero(as_tuple=True)
+    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, rows_N * batch.ids_BT.shape[1] + positions_N)
+    return Scored(hidden_ND=hidden_ND, rows_N=rows_N, targets_N=batch.ids_BT[rows_N, positions_N + 1])
+
+
 def example_losses(model: Any, batch: MicroBatch, frozen: FrozenPrefix | None = None) -> Any:
     """Return each row's mean negative log-likelihood over its own loss positions, in nats. Shape: (B,) float32.
 
@@ -180,24 +214,15 @@ def example_losses(model: Any, batch: MicroBatch, frozen: FrozenPrefix | None = 
     """
     import torch
 
-    core = model.get_base_model()
-    if frozen is None:
-        hidden_BTD = core.get_decoder()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, use_cache=False)[0]
-    else:
-        start_BTD = frozen.entering(model, batch)
-        hidden_BTD = _from_block(core.get_decoder(), start_BTD, batch, frozen.first_block)
-    rows_N, positions_N = batch.loss_mask_BT.nonzero(as_tuple=True)
-    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, rows_N * batch.ids_BT.shape[1] + positions_N)
-    targets_N = batch.ids_BT[rows_N, positions_N + 1]
+    found = scored(model, batch, frozen)
+    core = core_of(model)
     head = token_loss.head_of(core)
     if head is None:  # a head that is no frozen linear map: the model's own arithmetic
-        logits_NV = core.get_output_embeddings()(hidden_ND).float()
-        losses_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+        logits_NV = core.get_output_embeddings()(found.hidden_ND).float()
+        losses_N = torch.nn.functional.cross_entropy(logits_NV, found.targets_N, reduction="none")
     else:
-        losses_N = token_loss.token_losses(hidden_ND, targets_N, head)
-    counts_B = batch.loss_mask_BT.sum(dim=1).clamp(min=1)
-    totals_B = torch.zeros(batch.ids_BT.shape[0], dtype=torch.float32).index_add(0, rows_N, losses_N)
-    return totals_B / counts_B
+        losses_N = token_loss.token_losses(found.hidden_ND, found.targets_N, head)
+    return found.means(losses_N, batch)
 
 
 def _from_block(decoder: Any, start_BTD: Any, batch: MicroBatch, first_block: int) -> Any:

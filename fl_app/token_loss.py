@@ -75,7 +75,7 @@ def _chunked_loss() -> Any:
                 part = slice(start, start + size)
                 padding = -size % HEIGHT_STEP
                 raw, wide = raw_CV[: size + padding], wide_CV[: size + padding]
-                torch.mm(_padded(hidden_ND[part], padding), head.weight.t(), out=raw)
+                torch.mm(padded(hidden_ND[part], padding), head.weight.t(), out=raw)
                 losses_N[part] = _to_slopes(raw[:size], wide[:size], targets_N[part], head, slopes_ND is not None)
                 if slopes_ND is not None:
                     wide[size:] = 0
@@ -93,7 +93,24 @@ def _chunked_loss() -> Any:
     return ChunkedLoss
 
 
-def _padded(hidden_ND: Any, rows: int) -> Any:
+def to_logits(wide: Any, head: Head, slopes: bool) -> Any:
+    """Turn products hidden @ weight.T into logits, in place; with a soft cap, return its slope where asked, else None.
+
+    Shapes: wide (C, V) float32.
+    """
+    if head.bias is not None:
+        wide.add_(head.bias)
+    if head.scale != 1.0:
+        wide.mul_(head.scale)
+    steepness = None
+    if head.softcap is not None:
+        wide.div_(head.softcap).tanh_()
+        steepness = 1 - wide.square() if slopes else None
+        wide.mul_(head.softcap)
+    return steepness
+
+
+def padded(hidden_ND: Any, rows: int) -> Any:
     """Return the states with so many rows of zeros below them."""
     import torch
 
@@ -109,15 +126,7 @@ def _to_slopes(raw: Any, wide: Any, targets: Any, head: Head, slopes: bool) -> A
 
     if wide.dtype != raw.dtype:
         wide.copy_(raw)
-    if head.bias is not None:
-        wide.add_(head.bias)
-    if head.scale != 1.0:
-        wide.mul_(head.scale)
-    steepness = None
-    if head.softcap is not None:
-        wide.div_(head.softcap).tanh_()
-        steepness = 1 - wide.square() if slopes else None
-        wide.mul_(head.softcap)
+    steepness = to_logits(wide, head, slopes)
     index = targets.unsqueeze(1)
     target_logits = wide.gather(1, index).squeeze(1)
     top = wide.amax(1)

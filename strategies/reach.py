@@ -38,7 +38,12 @@ if TYPE_CHECKING:
 
     from fl_app.types import Floats
 
-TRAINS: dict[str, tuple[str, ...]] = {"dp_lora": ("a", "b"), "dp_ffa_lora": ("b",), "plain_lora": ("a", "b")}
+TRAINS: dict[str, tuple[str, ...]] = {
+    "dp_lora": ("a", "b"),
+    "dp_ffa_lora": ("b",),
+    "dp_distil": ("a", "b"),
+    "plain_lora": ("a", "b"),
+}
 """The factors that each kind of learner moves; it leaves the others as they came, to the bit."""
 
 BETA_1, BETA_2 = 0.9, 0.999

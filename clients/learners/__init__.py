@@ -4,6 +4,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from clients.learners.dp_distil import DpDistil
 from clients.learners.dp_ffa_lora import DpFfaLora
 from clients.learners.dp_lora import DpLora
 from clients.learners.epsvec import EpsVec
@@ -13,5 +14,6 @@ from clients.learners.plain_lora import PlainLora
 from clients.learners.private_prediction import PrivatePrediction
 
 AnyLearner: TypeAlias = Annotated[
-    DpLora | DpFfaLora | PlainLora | PrivatePrediction | InvisibleInk | EpsVec | PeVotes, Field(discriminator="kind")
+    DpLora | DpFfaLora | DpDistil | PlainLora | PrivatePrediction | InvisibleInk | EpsVec | PeVotes,
+    Field(discriminator="kind"),
 ]

@@ -1,7 +1,10 @@
-"""Tuners: lessons -> target adapter. One member so far; the next joins it as `Annotated[A | B, discriminator]`."""
+"""Tuners: lessons -> target adapter. The union is the registry: a wrong `kind` lists the right ones."""
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
+from pydantic import Field
+
+from strategies.tuners.distil_dp import DistilDp
 from strategies.tuners.sft import Sft
 
-AnyTuner: TypeAlias = Sft
+AnyTuner: TypeAlias = Annotated[Sft | DistilDp, Field(discriminator="kind")]

@@ -14,18 +14,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from fl_app.inference import Likelihood
 from fl_app.types import Draft, Origin
 from strategies.distillers import AnyDistiller
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-KINDS = ("professional", "endpoint")
+KINDS: dict[str, dict[str, Any]] = {
+    "professional": {},
+    "endpoint": {"base_url": "", "model": "teacher", "max_total_tokens": 10**6},
+    "judge_then_rewrite": {"threshold": 0.5},
+    "self_consistency": {"samples": 3},
+    "selected": {"inner": {"kind": "professional"}, "keep": 1.0},
+}
+"""Per kind, options under which every usable answer makes a lesson; an empty address is filled in."""
 INSTRUCTIONS = ["cough?", "fever?", "nothing", "a link", "END of it", "", "überall?", "cough?"]
 
 
 def answer_to(asked: str) -> str:
-    """Return what either teacher says, so that both are held to the same lessons."""
+    """Return what any teacher says, so that all are held to the same lessons."""
     return {"nothing": " ", "a link": "See https://a.example."}.get(asked, f"On {asked!r}: rest well.")
 
 
@@ -37,6 +45,12 @@ class _FakeModel:
 
     def generate(self, prompts: Sequence[str], **_: Any) -> list[str]:
         return [answer_to(prompt) for prompt in prompts]
+
+    def option_likelihood(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[Likelihood]]:
+        return [
+            [Likelihood(log_prob=-float(len(prompt + one) % 7), tokens=1 + len(one), bytes=1) for one in row]
+            for prompt, row in zip(prompts, options, strict=True)
+        ]
 
 
 class _FakeLab:
@@ -81,7 +95,7 @@ def test_every_member_of_the_union_is_tested() -> None:
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(picked=st.lists(st.sampled_from(INSTRUCTIONS), max_size=6))
 def test_distiller_contract(kind: str, url: str, picked: list[str]) -> None:
-    options = {"base_url": url, "model": "teacher", "max_total_tokens": 10**6} if kind == "endpoint" else {}
+    options = {key: value or url if key == "base_url" else value for key, value in KINDS[kind].items()}
     section: Any = TypeAdapter(AnyDistiller).validate_python({"kind": kind, **options})
     stage = section.build(_FakeLab())
     origins = [Origin(round=1, method="m", code="c", stream=str(number)) for number in range(len(picked))]

@@ -38,8 +38,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"steps": STEPS, "clip_norm": CLIP},
         {"steps": STEPS, "clip_norm": CLIP, "engine": "opacus", "learns": "answer"},
     ],
+    "dp_distil": [
+        {"steps": STEPS, "clip_norm": CLIP, "teacher": {}, "soft_weight": 0.9, "temperature": 2.0},
+        {"steps": STEPS, "clip_norm": CLIP, "teacher": {"model": "tiny-random"}, "engine": "opacus"},
+        {"steps": STEPS, "clip_norm": CLIP, "teacher": {}, "on_policy": True},
+        {"steps": STEPS, "clip_norm": CLIP, "teacher": {}, "on_policy": True, "own_share": 0.5, "learns": "answer"},
+    ],
 }
-TRAINS = {"dp_lora": ("a", "b"), "dp_ffa_lora": ("b",)}
+TRAINS = {"dp_lora": ("a", "b"), "dp_ffa_lora": ("b",), "dp_distil": ("a", "b")}
 PLAIN: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-2}
 CASES = [
     pytest.param(kind, options, id=f"{kind}-{n}") for kind, rows in SETTINGS.items() for n, options in enumerate(rows)

@@ -16,6 +16,7 @@ from fl_app.types import Adapter, Lesson, LoraFactors
 from strategies.lab import Lab
 from strategies.tuners import AnyTuner
 from strategies.tuners.sft import Sft
+from strategies.tuning import Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +36,8 @@ LESSONS = tuple(
     )
 )
 MEMBERS: tuple[Any, ...] = get_args(get_args(AnyTuner)[0]) if get_args(AnyTuner) else (AnyTuner,)
-SECTIONS: dict[str, dict[str, Any]] = {"sft": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}}
+QUICK = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
+SECTIONS: dict[str, dict[str, Any]] = {"sft": QUICK, "distil_dp": {**QUICK, "hidden_weight": 0.5}}
 """Per kind, settings under which five short lessons take a second at most."""
 
 
@@ -219,7 +221,7 @@ def test_progress_counts_the_steps(lab: Lab, start: Adapter) -> None:
 
 def test_the_schedule_warms_up_and_falls_to_a_tenth(lab: Lab) -> None:
     """Hand-computed for 20 steps, a fifth of them warm-up: quarters up to 1, then half a cosine down to 0.1."""
-    tuner: Any = Sft(kind="sft", warmup=0.2).build(lab)
+    tuner: Any = Tuning(section=Sft(kind="sft", warmup=0.2), lab=lab)
     rates = [tuner._schedule(step, 20) for step in range(20)]
 
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -25,7 +25,8 @@ from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, Broadcast, Lesson, LoraFactors, Refusal, Upload
 from strategies.exam import Exam, ExamItem
 from strategies.lab import Lab
-from strategies.tuners.sft import SKIPPABLE, Sft
+from strategies.tuners.sft import Sft
+from strategies.tuning import SKIPPABLE
 from tests.conftest import ROWS
 
 if TYPE_CHECKING:

@@ -70,12 +70,12 @@ def extras(rng: np.random.Generator, unit: str, shared: list[list[str]]) -> dict
 
 @pytest.fixture
 def poisoned(frozen: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the losses of three texts be NaN, infinite, or steeper than any model's."""
-    plain = sequences.example_losses
+    """Let the losses of three texts be NaN, infinite, or steeper than any model's, whatever kind of loss it is."""
+    plain = sequences.Scored.means
     ids = {t: tuple(frozen.tokenizer(t)["input_ids"]) for t in (NAN_ROW, INF_ROW, STEEP_ROW)}
     factors = {NAN_ROW: float("nan"), INF_ROW: float("inf"), STEEP_ROW: 1e6}
 
-    def losses(model: Any, batch: Any, *rest: Any) -> Any:
+    def means(self: Any, losses_N: Any, batch: Any) -> Any:
         import torch
 
         scale = torch.ones(batch.ids_BT.shape[0])
@@ -83,9 +83,9 @@ def poisoned(frozen: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> None:
             for text, tokens in ids.items():
                 if tokens == key.ids[key.loss_from : key.loss_from + len(tokens)]:
                     scale[row] = factors[text]
-        return plain(model, batch, *rest) * scale
+        return plain(self, losses_N, batch) * scale
 
-    monkeypatch.setattr(sequences, "example_losses", losses)
+    monkeypatch.setattr(sequences.Scored, "means", means)
 
 
 def neighbours(
