@@ -14,6 +14,18 @@ NAMES = {
 }
 
 
+DECODERS = {
+    "plain_static": "static cache",
+    "seeded": "our sampling, one stream",
+    "seeded_rows": "our sampling, a stream per row",
+    "one_adapter": "one adapter (PEFT)",
+    "own_one": "one adapter (our layers)",
+    "per_row": "**an adapter per row**",
+    "peft_mixed": "PEFT's mixed batch",
+    "one_by_one": "one row after another",
+}
+
+
 def page() -> str:
     """Return the page; without any measurement, a page that says so."""
     lines = record.lines("dp_step")
@@ -24,10 +36,11 @@ def page() -> str:
         "measured by `make bench-step` on two cores of an AMD EPYC (AVX-512, bf16), one torch thread per process.",
         "Ratios of CPU seconds, variants interleaved step by step in one process: median [lowest, highest].",
     ]
+    decoding = _decoding(record.lines("decoding"))
     if not lines:
-        return "\n".join([*head, "", "Nothing measured yet."]) + "\n"
+        return "\n".join([*head, "", "Nothing measured yet.", *decoding]) + "\n"
     found = {part: line for line in lines for part in ("step", "memory", "round") if part in line}
-    sections = [*_steps(found), *_memory(found), *_round(found)]
+    sections = [*_steps(found), *_memory(found), *_round(found), *decoding]
     return "\n".join([*head, *sections]) + "\n"
 
 
@@ -112,6 +125,46 @@ def _round(found: dict[str, Any]) -> list[str]:
         *rows,
         "",
         f"Whole round with everything on against peft's layers with Opacus' hooks: **{_span(one['speedup'])}x**.",
+    ]
+
+
+def _decoding(lines: list[dict[str, Any]]) -> list[str]:
+    if not lines:
+        return []
+    line = lines[-1]
+    measured = {name for one in line["cases"].values() for name in one["over_plain"]}
+    names = [*(name for name in DECODERS if name in measured), *sorted(measured - set(DECODERS))]
+    rows = [
+        f"| {DECODERS.get(name, name.replace('_', ' '))} | "
+        + " | ".join(_span(one["over_plain"].get(name)) for one in line["cases"].values())
+        + " |"
+        for name in names
+    ]
+    against = [
+        f"| {which} | {_span(one['over_one_adapter']['per_row'])} | {_span(one['over_own_one']['per_row'])} | "
+        f"{_span(one['over_one_adapter'].get('peft_mixed'))} | {_span(one['over_one_adapter'].get('one_by_one'))} |"
+        for which, one in line["cases"].items()
+        if "over_one_adapter" in one and "over_own_one" in one
+    ]
+    speeds = ", ".join(f"{which} {one['tokens_per_s']['plain']:.0f}" for which, one in line["cases"].items())
+    return [
+        "",
+        "## Decoding",
+        "",
+        f"{line['model']}, {line['prompt_tokens']} tokens of prompt and {line['new_tokens']} written in every row,",
+        f"{line['adapters']} adapters of rank 8; batches of 8 rows, or of 32. CPU seconds over those of plain",
+        f"`generate` of the bare model (tokens per second: {speeds}).",
+        f"`make bench-decoding`, commit {line['commit']}, {line['repeats']} turns.",
+        "",
+        f"| decoder | {' | '.join(line['cases'])} |",
+        f"|{'---|' * (len(line['cases']) + 1)}",
+        *rows,
+        "",
+        "The same batch with an adapter of its own for every row, over one adapter for all rows:",
+        "",
+        "| case | ours / PEFT's one | ours / our one | PEFT's mixed / PEFT's one | one by one / PEFT's one |",
+        "|---|---|---|---|---|",
+        *against,
     ]
 
 

@@ -13,12 +13,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fl_app.errors import NotFinite
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
+    from collections.abc import Callable, Sequence
 
 CANDIDATES = 512
 """Sampling looks at this many most likely tokens. A full sort of 49k scores costs a third of a decoding step on a CPU;
@@ -44,11 +44,12 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    rng: np.random.Generator,
+    rng: np.random.Generator | Sequence[np.random.Generator],
 ) -> list[str]:
     """Return one continuation per prompt, decoded as one batch, special tokens removed.
 
-    temperature 0 is greedy; `rng` is then not used. A row ends at the end token or after `max_new_tokens`.
+    temperature 0 is greedy; `rng` is then not used. A row ends at the end token or after `max_new_tokens`. With a
+    generator per prompt a row's draws do not depend on the batch it is in; one for all draws for the batch as a whole.
 
     Raises: NotFinite when a row's best score is no number: what is drawn from such scores means nothing.
     """
@@ -156,13 +157,28 @@ def _finite_scores() -> Any:
     return FiniteScores()
 
 
-def _seeded_sampling(temperature: float, top_p: float, rng: np.random.Generator) -> Any:
+def _uniforms(rng: np.random.Generator | Sequence[np.random.Generator]) -> Callable[[int, int], Any]:
+    """Return a function: rows, draws -> uniform numbers (rows, draws), from one stream or from one per row."""
+    import torch
+
+    streams = [rng] if isinstance(rng, np.random.Generator) else rng
+    generators = [torch.Generator().manual_seed(int(one.integers(2**62))) for one in streams]
+    if isinstance(rng, np.random.Generator):
+        return lambda rows, draws: torch.rand((rows, draws), generator=generators[0])
+
+    def own(rows: int, draws: int) -> Any:
+        assert rows == len(generators), f"{len(generators)} streams for {rows} rows"
+        return torch.stack([torch.rand(draws, generator=one) for one in generators])
+
+    return own
+
+
+def _seeded_sampling(temperature: float, top_p: float, rng: np.random.Generator | Sequence[np.random.Generator]) -> Any:
     """Return a logits processor that leaves, in each row, a random draw as the largest score."""
     import torch
     from transformers import LogitsProcessor
 
-    generator = torch.Generator()
-    generator.manual_seed(int(rng.integers(2**62)))
+    uniforms = _uniforms(rng)
 
     class SeededSampling(LogitsProcessor):
         def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -171,7 +187,7 @@ def _seeded_sampling(temperature: float, top_p: float, rng: np.random.Generator)
             best_BK, index_BK = scaled_BV.topk(min(CANDIDATES, scaled_BV.shape[-1]), dim=-1)
             mass_BK = (best_BK - total_B1).exp()
             outside_BK = mass_BK.cumsum(-1) - mass_BK >= top_p
-            uniform_BK = torch.rand(best_BK.shape, generator=generator).clamp_(min=1e-20, max=1 - 1e-7)
+            uniform_BK = uniforms(*best_BK.shape).clamp_(min=1e-20, max=1 - 1e-7)
             noisy_BK = (best_BK - (-uniform_BK.log()).log()).masked_fill(outside_BK, -torch.inf)
             drawn_B1 = index_BK.gather(1, noisy_BK.argmax(-1, keepdim=True))
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)

@@ -59,7 +59,7 @@ def spec_of(frozen: FrozenModel, section: LoraSection) -> LoraSpec:
 
     Raises: AdapterMismatch when the targets or the layer range match no linear map; it lists what there is.
     """
-    maps = {name: shape for name, module in frozen.model.named_modules() if (shape := _linear_shape(module))}
+    maps = {name: shape for name, module in frozen.model.named_modules() if (shape := linear_shape(module))}
     shapes = {
         name: shape
         for name, shape in maps.items()
@@ -289,7 +289,7 @@ def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
     return Adapter(layers=layers, alpha=float(config["lora_alpha"]), base=known_base)
 
 
-def _linear_shape(module: Any) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """Return (d_in, d_out) of a linear map, GPT-2's Conv1D included; None for any other module."""
     import torch
 

@@ -10,19 +10,19 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 from pydantic import Field
 
 from fl_app import journal, lora
 from fl_app.config import Section
-from fl_app.errors import ConfigInvalid
+from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import CodedText, ControlCode, Draft, Origin
+from strategies.selection import apportion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    import numpy as np
-
-    from fl_app.types import Adapter
+    from fl_app.types import Adapter, VectorRelease
     from strategies.lab import Lab, TextModel
 
 CODE_SLOT = "{code}"
@@ -92,6 +92,27 @@ def evenly(codes: Sequence[ControlCode], count: int, rng: np.random.Generator) -
     return [codes[i] for i in order[:count]]
 
 
+def by_counts(
+    codes: Sequence[ControlCode], surveys: Mapping[str, VectorRelease], count: int, rng: np.random.Generator
+) -> list[ControlCode]:
+    """Return `count` codes in random order, as often as the sites' noisy counts of their rows say.
+
+    The sum over sites, in the order of the codes' ids; what noise made negative counts as none. Post-processing.
+    Raises: RoundFailed when no site has sent counts of these codes.
+    """
+    names = sorted(code.id for code in codes)
+    counts = [one.vectors["codes"].astype(np.float64) for one in surveys.values() if "codes" in one.vectors]
+    if not counts or any(len(one) != len(names) for one in counts):
+        raise RoundFailed(
+            'server.synthesizer.quota = "survey", and no site has counted its codes; add [client.survey], or write '
+            'quota = "even"'
+        )
+    shares = apportion([float(share) for share in np.sum(counts, axis=0)], count, [count] * len(names))
+    by_name = {code.id: code for code in codes}
+    chosen = [by_name[name] for name, share in zip(names, shares, strict=True) for _ in range(share)]
+    return [chosen[int(i)] for i in rng.permutation(len(chosen))]
+
+
 def fixed_adapter(lab: Lab, directory: str) -> Adapter | None:
     """Return the adapter of a PEFT directory that the configuration names as writer; None when it names none.
 
@@ -130,14 +151,12 @@ def drafted(
     *,
     method: str,
     round_number: int,
-    places: Sequence[int] | None = None,
-    voice: str = "",
+    voices: Sequence[str] | None = None,
 ) -> tuple[Draft, ...]:
-    """Return a draft per text, under its code; `places` are their numbers in the round, 0, 1, ... unless given.
+    """Return a draft per text, under its code, in the order of the texts; `voices` are the sites that wrote them.
 
     The provenance's prompt is the code's text, whatever the model was asked: under it the target rehearses.
     """
-    numbers = range(len(texts)) if places is None else places
     return tuple(
         draft(
             text,
@@ -150,7 +169,7 @@ def drafted(
                 voice=voice,
             ),
         )
-        for code, text, place in zip(codes, texts, numbers, strict=True)
+        for place, (code, text, voice) in enumerate(zip(codes, texts, voices or [""] * len(texts), strict=True))
     )
 
 

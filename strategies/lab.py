@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from fl_app import inference, lora, models, steering
+from fl_app import inference, lora, models, row_adapters, steering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +137,7 @@ class LabModel:
                     rng=np.random.default_rng(seed),
                 )
 
-        return self._in_order(batches, self._run(one, list(zip(batches, seeds, strict=True))))
+        return _in_order(batches, _run(self.pool, one, list(zip(batches, seeds, strict=True)), self.progress))
 
     def option_likelihood(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[Likelihood]]:
         """See `TextModel.option_likelihood`. Prompts of one batch have the same number of options."""
@@ -154,7 +154,7 @@ class LabModel:
                 self.model, self.tokenizer, [prompts[row] for row in rows], [options[row] for row in rows]
             )
 
-        return self._in_order(batches, self._run(one, batches))
+        return _in_order(batches, _run(self.pool, one, batches, self.progress))
 
     def _pushed(self, rows: list[int]) -> AbstractContextManager[None]:
         """Return what pushes the passes of the calling thread along these rows; nothing where none is steered."""
@@ -163,19 +163,54 @@ class LabModel:
         chosen = {layer: direction[rows] for layer, direction in self.directions.items()}
         return steering.steer(self.model, chosen, self.lengths)
 
-    def _run(self, one: Callable[[InT], OutT], jobs: Sequence[InT]) -> list[OutT]:
-        results: list[OutT] = []
-        for result in self.pool.map(one, jobs):
-            results.append(result)
-            self.progress(len(results), len(jobs))
-        return results
 
-    @staticmethod
-    def _in_order(batches: list[list[int]], results: list[list[OutT]]) -> list[OutT]:
-        found = {
-            row: out for rows, outs in zip(batches, results, strict=True) for row, out in zip(rows, outs, strict=True)
-        }
-        return [found[row] for row in range(len(found))]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowsModel:
+    """W_loc as several writers: each prompt says whose adapter answers it, and batches hold rows of all of them."""
+
+    frozen: FrozenModel
+    adapters: Mapping[str, Adapter]
+    batch_rows: int
+    pool: ThreadPoolExecutor
+    progress: Callable[[int, int], None]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        voices: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        rng: np.random.Generator,
+    ) -> list[str]:
+        """Return one continuation per prompt, in order, written by the adapter of that name in `voices`.
+
+        Every prompt has a stream of its own, drawn from `rng` in order: a text depends on its prompt, its adapter and
+        its place, up to rounding, and on nothing that another adapter holds.
+        """
+        seeds = [int(rng.integers(2**63)) for _ in prompts]
+        names = sorted(set(voices))
+        batches = [
+            sorted(rows, key=lambda row: (voices[row], row))  # rows of one adapter side by side need no copy
+            for rows in _batches([len(prompt) for prompt in prompts], self.batch_rows)
+        ]
+
+        def one(rows: list[int]) -> list[str]:
+            # A module tree of its own: threads share the weights, and each puts its batch's adapters on.
+            adapters = [self.adapters[name] for name in names]
+            model = row_adapters.attach(self.frozen, adapters, [names.index(voices[row]) for row in rows])
+            return inference.generate(
+                model,
+                self.frozen.tokenizer,
+                [prompts[row] for row in rows],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                rng=[np.random.default_rng(seeds[row]) for row in rows],
+            )
+
+        return _in_order(batches, _run(self.pool, one, batches, self.progress))
 
 
 class Lab:
@@ -216,6 +251,16 @@ class Lab:
         """Return W_loc carrying `adapter`, or bare."""
         return self._text(name, self.local, adapter)
 
+    def local_with_rows(self, adapters: Mapping[str, Adapter]) -> RowsModel:
+        """Return W_loc as one writer per adapter, all writing in the same batches."""
+        return RowsModel(
+            frozen=self.local,
+            adapters=adapters,
+            batch_rows=self._batch_rows,
+            pool=self._pool,
+            progress=self._progressed,
+        )
+
     def trainee(self, adapter: Adapter) -> Any:
         """Return a PEFT model of W_loc whose adapter may be trained; it shares the frozen weights."""
         return lora.attach(self.local, adapter)
@@ -247,3 +292,21 @@ def _batches(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Cut indices, sorted by length, into runs of at most `rows`."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     return [order[i : i + rows] for i in range(0, len(order), rows)]
+
+
+def _run(
+    pool: ThreadPoolExecutor,
+    one: Callable[[InT], OutT],
+    jobs: Sequence[InT],
+    progress: Callable[[int, int], None],
+) -> list[OutT]:
+    results: list[OutT] = []
+    for result in pool.map(one, jobs):
+        results.append(result)
+        progress(len(results), len(jobs))
+    return results
+
+
+def _in_order(batches: list[list[int]], results: list[list[OutT]]) -> list[OutT]:
+    found = {row: out for rows, outs in zip(batches, results, strict=True) for row, out in zip(rows, outs, strict=True)}
+    return [found[row] for row in range(len(found))]

@@ -13,7 +13,8 @@ messages it knows through DP releases, so everything it writes is post-processin
 
 A draft of "each_site" carries its site in `origin.voice`, so text can be traced to the release that wrote it. That is
 post-processing of that release and costs its rows nothing more; but where the promise is at client level
-(`central_dp`) a single release is not covered by it, and "each_site" is refused.
+(`central_dp`) a single release is not covered by it, and "each_site" is refused. All sites write in the same batches,
+each row under its own site's adapter and from a stream of its own (`fl_app.row_adapters`).
 
 Source: Kurakin et al. 2023 (2306.01684), conditional sampling after prefix-LM tuning; KnowledgeSG (2410.05725) samples
 from prompts with three raw private rows, which voids the guarantee (specs, 1.7): ours does not.
@@ -29,10 +30,10 @@ from pydantic import Field
 
 from fl_app.errors import RoundFailed
 from fl_app.types import Material, ReleaseSpec
-from strategies.coded import SamplingSection, drafted, evenly, read_codes
+from strategies.coded import SamplingSection, by_counts, drafted, evenly, read_codes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 
 
 class ControlCodes(SamplingSection):
-    """[server.synthesizer] kind = "control_codes": `drafts` per round, codes drawn evenly from the file `codes`.
+    """[server.synthesizer] kind = "control_codes": `drafts` per round, under the codes of the file `codes`.
 
+    `quota` says how often each: evenly, or as the sites' noisy counts say (`[client.survey]`).
     With fewer `drafts` than sites under voices = "each_site", the last sites by name write none.
     """
 
@@ -51,6 +53,7 @@ class ControlCodes(SamplingSection):
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]
     voices: Literal["merged", "each_site"] = "merged"
+    quota: Literal["even", "survey"] = "even"
 
     def build(self, lab: Lab) -> Synthesizer:
         """Return the stage over the codes of the file.
@@ -87,35 +90,50 @@ class CodedSampling:
 
         Raises: RoundFailed when each site is to write and no release may.
         """
-        chosen = evenly(self.codes, self.section.drafts, rng)
+        if self.section.quota == "survey":
+            chosen = by_counts(self.codes, voices.surveys, self.section.drafts, rng)
+        else:
+            chosen = evenly(self.codes, self.section.drafts, rng)
         if self.section.voices == "merged":
-            return self._written(voices.merged, "", chosen, range(len(chosen)), rng, round_number)
+            texts = self._merged(voices.merged, chosen, rng)
+            return self._drafts(texts, [""] * len(chosen), chosen, round_number)
         if not voices.by_site:
             raise RoundFailed(
                 f'round {round_number}: server.synthesizer.voices = "each_site", and no single release may write: the '
                 'aggregator made only the merged adapter private; write voices = "merged"'
             )
-        drafts: list[Draft] = []
-        begin = 0
-        for number, site in enumerate(sorted(voices.by_site)):
-            places = range(number, len(chosen), len(voices.by_site))
-            codes = chosen[begin : begin + len(places)]
-            begin += len(places)
-            drafts += self._written(voices.by_site[site], site, codes, places, rng, round_number)
-        return tuple(sorted(drafts, key=lambda draft: int(draft.origin.stream)))
+        sites = sorted(voices.by_site)
+        who = [sites[place % len(sites)] for place in range(len(chosen))]
+        # Each site's run of `chosen`, dealt to its places.
+        runs = iter(chosen)
+        hands = {site: [next(runs) for one in who if one == site] for site in sites}
+        codes = [hands[site][place // len(sites)] for place, site in enumerate(who)]
+        return self._drafts(self._each(voices.by_site, who, codes, rng), who, codes, round_number)
 
-    def _written(
+    def _merged(self, adapter: Adapter, codes: Sequence[ControlCode], rng: np.random.Generator) -> list[str]:
+        """Return a text per code, by the merged adapter."""
+        writer = self.lab.local_with(adapter, "W_loc + sites")
+        return self.section.sample(writer, [code.text for code in codes], rng)
+
+    def _each(
         self,
-        adapter: Adapter,
-        voice: str,
+        adapters: Mapping[str, Adapter],
+        who: Sequence[str],
         codes: Sequence[ControlCode],
-        places: Sequence[int],
         rng: np.random.Generator,
-        round_number: int,
+    ) -> list[str]:
+        """Return a text per code, each by its site's adapter; all sites write in the same batches."""
+        texts = self.lab.local_with_rows({site: adapters[site] for site in sorted(set(who))}).generate(
+            [code.text for code in codes],
+            who,
+            max_new_tokens=self.section.max_new_tokens,
+            temperature=self.section.temperature,
+            top_p=self.section.top_p,
+            rng=rng,
+        )
+        return [text.strip() for text in texts]
+
+    def _drafts(
+        self, texts: Sequence[str], who: Sequence[str], codes: Sequence[ControlCode], round_number: int
     ) -> tuple[Draft, ...]:
-        """Return what one voice writes, a text per code; `places` are its drafts' numbers in the round."""
-        if not codes:
-            return ()
-        writer = self.lab.local_with(adapter, f"W_loc + {voice or 'sites'}")
-        texts = self.section.sample(writer, [code.text for code in codes], rng)
-        return drafted(texts, codes, method=self.section.kind, round_number=round_number, places=places, voice=voice)
+        return drafted(texts, codes, method=self.section.kind, round_number=round_number, voices=who)

@@ -56,18 +56,34 @@ class FakeWriter:
         return [f"  text {settings['rng'].integers(10**9)}\n" for _ in prompts]
 
 
+class FakeRows:
+    """Writes after each prompt a number that only its adapter's share of the stream decides."""
+
+    def __init__(self, asked: list[dict[str, Any]]) -> None:
+        self._asked = asked
+
+    def generate(self, prompts: Sequence[str], voices: Sequence[str], **settings: Any) -> list[str]:
+        self._asked.append({"prompts": list(prompts), "voices": list(voices), **settings})
+        return [f"  text {settings['rng'].integers(10**9)}\n" for _ in prompts]
+
+
 class FakeLab:
-    """Hands out the writer, and remembers for which adapter."""
+    """Hands out the writers, and remembers for which adapters."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.adapters: list[Adapter | None] = []
         self.names: list[str] = []
+        self.rows: list[dict[str, Adapter]] = []
 
     def local_with(self, adapter: Adapter | None, name: str) -> FakeWriter:
         self.adapters.append(adapter)
         self.names.append(name)
         return FakeWriter(self.asked)
+
+    def local_with_rows(self, adapters: dict[str, Adapter]) -> FakeRows:
+        self.rows.append(dict(adapters))
+        return FakeRows(self.asked)
 
 
 def _section(**changes: Any) -> ControlCodes:
@@ -263,16 +279,18 @@ def test_every_site_and_all_together_use_codes_evenly(drafts: int, sites: int, s
         assert max(own.values(), default=0) - min(own[code.id] for code in CODES) <= 2
 
 
-def test_a_site_s_drafts_are_written_by_its_own_release() -> None:
+def test_a_site_s_drafts_are_written_by_its_own_release_and_all_sites_write_at_once() -> None:
     lab, voices = FakeLab(), _voices(*SITES[:3])
 
     written = _sampling(lab, voices="each_site")(voices, stream(0, "s"), 1)
 
-    assert lab.names == [f"W_loc + {site}" for site in SITES[:3]]
-    assert all(one is voices.by_site[site] for one, site in zip(lab.adapters, SITES, strict=False))
+    (adapters,), (asked,) = lab.rows, lab.asked
+    assert list(adapters) == list(SITES[:3])
+    assert all(adapters[site] is voices.by_site[site] for site in SITES[:3])
+    assert asked["voices"] == [draft.origin.voice for draft in written]
     texts = {code.id: code.text for code in CODES}
-    for site, asked in zip(SITES, lab.asked, strict=False):
-        assert asked["prompts"] == [texts[draft.origin.code] for draft in written if draft.origin.voice == site]
+    assert asked["prompts"] == [texts[draft.origin.code] for draft in written]
+    assert not lab.adapters
 
 
 def test_a_site_without_a_share_is_not_put_on_the_model() -> None:
@@ -280,8 +298,19 @@ def test_a_site_without_a_share_is_not_put_on_the_model() -> None:
 
     written = _sampling(lab, drafts=2, voices="each_site")(_voices(*SITES), stream(0, "s"), 1)
 
-    assert lab.names == ["W_loc + abbey", "W_loc + brook"]
+    assert [list(adapters) for adapters in lab.rows] == [["abbey", "brook"]]
     assert len(written) == 2
+
+
+def test_each_site_has_the_codes_that_it_had_when_sites_wrote_one_after_another() -> None:
+    """A site's run of the shuffled codes, dealt to its places; written by hand for seven drafts of three sites."""
+    order = [code for seed in (stream(3, "s"),) for _ in range(3) for code in seed.permutation(len(CODES))][:7]
+
+    written = _sampling(FakeLab(), voices="each_site")(_voices(*SITES[:3]), stream(3, "s"), 1)
+
+    abbey, brook, cliff = order[:3], order[3:5], order[5:7]
+    dealt = [abbey[0], brook[0], cliff[0], abbey[1], brook[1], cliff[1], abbey[2]]
+    assert [draft.origin.code for draft in written] == [CODES[code].id for code in dealt]
 
 
 def test_equal_texts_of_two_sites_have_different_ids() -> None:

@@ -79,6 +79,44 @@ def test_rows_and_calls_draw_independently() -> None:
         assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
+def test_a_stream_per_row_draws_from_softmax_and_rows_draw_apart() -> None:
+    import torch
+
+    streams = [stream(0, "row", row) for row in range(4)]
+    processor = inference._seeded_sampling(1.0, 1.0, streams)
+    drawn = np.array([processor(None, torch.tensor([LOGITS] * 4)).argmax(-1).tolist() for _ in range(DRAWS // 4)])
+
+    assert stats.chisquare(np.bincount(drawn.ravel(), minlength=6), softmax(1.0) * DRAWS).pvalue > 1e-4
+    for left, right in ((0, 1), (2, 3)):
+        table = np.histogram2d(drawn[:, left], drawn[:, right], bins=[[0, 1, 2, 6], [0, 1, 2, 6]])[0]
+        assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+def test_a_row_with_a_stream_of_its_own_draws_the_same_in_any_batch() -> None:
+    import torch
+
+    def drawn(rows: list[int]) -> list[list[int]]:
+        processor = inference._seeded_sampling(1.0, 1.0, [stream(0, "row", row) for row in rows])
+        return np.array(
+            [processor(None, torch.tensor([LOGITS] * len(rows))).argmax(-1).tolist() for _ in range(30)]
+        ).T.tolist()
+
+    together = drawn([0, 1, 2])
+    assert together == [drawn([row])[0] for row in range(3)]
+    assert together[0] != together[1]
+    shared = inference._seeded_sampling(1.0, 1.0, stream(0, "row", 0))  # the twin: one stream for the batch
+    first = [int(shared(None, torch.tensor([LOGITS] * 3)).argmax(-1)[0]) for _ in range(30)]
+    assert first != together[0]
+
+
+def test_streams_for_another_number_of_rows_are_noticed() -> None:
+    import torch
+
+    processor = inference._seeded_sampling(1.0, 1.0, [stream(0, "row")])
+    with pytest.raises(AssertionError, match="1 streams for 2 rows"):
+        processor(None, torch.tensor([LOGITS] * 2))
+
+
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     # softmax(LOGITS) = .507, .186, .113, ... at temperature 1: cumulative .551, .754, .877, .951, ...
     cumulative = softmax(1.0).cumsum()

@@ -227,6 +227,75 @@ def test_a_chat_prompt_holds_system_and_user(alone: Lab) -> None:
     assert prompt.endswith("assistant\n")
 
 
+# --- a writer per row
+
+
+def _row_adapters(bent: Adapter) -> dict[str, Adapter]:
+    return {
+        name: Adapter(
+            layers={n: LoraFactors(a=times * f.a, b=f.b) for n, f in bent.layers.items()},
+            alpha=bent.alpha,
+            base=bent.base,
+        )
+        for name, times in (("abbey", 1.0), ("brook", -0.5), ("cliff", 0.1))
+    }
+
+
+VOICES = ["cliff", "abbey", "abbey", "brook", "abbey", "cliff", "brook"]
+
+
+def _write_rows(lab: Lab, adapters: dict[str, Adapter], *, temperature: float, seed: int = 0) -> list[str]:
+    return lab.local_with_rows(adapters).generate(
+        PROMPTS, VOICES, max_new_tokens=6, temperature=temperature, top_p=1.0, rng=stream(seed, "write")
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_of_many_writers_does_not_depend_on_threads(
+    alone: Lab, pair: Lab, bent: Adapter, temperature: float
+) -> None:
+    texts = _write_rows(alone, _row_adapters(bent), temperature=temperature)
+
+    assert _write_rows(pair, _row_adapters(bent), temperature=temperature) == texts
+    assert len(set(texts)) > 4
+
+
+def test_each_prompt_is_answered_by_the_adapter_of_its_voice(alone: Lab, bent: Adapter) -> None:
+    adapters = _row_adapters(bent)
+    expected = [
+        alone.local_with(adapters[voice], voice).generate(
+            [prompt], max_new_tokens=6, temperature=0.0, top_p=1.0, rng=stream(0, "unused")
+        )[0]
+        for prompt, voice in zip(PROMPTS, VOICES, strict=True)
+    ]
+
+    assert _write_rows(alone, adapters, temperature=0.0) == expected
+
+
+def test_another_adapter_or_another_batch_leaves_a_row_s_text_alone(
+    frozen: FrozenModel, alone: Lab, bent: Adapter
+) -> None:
+    adapters = _row_adapters(bent)
+    before = _write_rows(alone, adapters, temperature=1.0)
+    wide = _lab(frozen, threads=1, batch_rows=7)
+    try:
+        assert _write_rows(wide, adapters, temperature=1.0) == before
+    finally:
+        wide.close()
+
+    after = _write_rows(alone, {**adapters, "brook": adapters["abbey"]}, temperature=1.0)
+
+    changed = {voice for voice, one, other in zip(VOICES, before, after, strict=True) if one != other}
+    assert changed == {"brook"}
+    assert _write_rows(alone, adapters, temperature=1.0, seed=1) != before
+
+
+def test_no_prompts_for_many_writers(alone: Lab, bent: Adapter) -> None:
+    rows = alone.local_with_rows(_row_adapters(bent))
+
+    assert rows.generate([], [], max_new_tokens=6, temperature=1.0, top_p=1.0, rng=stream(0, "write")) == []
+
+
 def test_work_side_by_side_comes_back_in_order(pair: Lab) -> None:
     assert pair.side_by_side(lambda number: number**2, range(20)) == [number**2 for number in range(20)]
 
