@@ -20,6 +20,7 @@ from strategies.checkpoint import Checkpoint
 from strategies.distillers import AnyDistiller
 from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
+from strategies.filters.kernel_density import KernelDensity
 from strategies.lab import Lab
 from strategies.pipeline import Pipeline, Stages
 from strategies.reach import read_cap
@@ -170,7 +171,7 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
         tree=tree,
         start=_start(shared, spec),
         quorum=server.network.quorum,
-        survey=_survey(tree, stages.synthesizer.asks),
+        survey=_survey(tree, server, stages.synthesizer.asks),
         accept_non_private=server.accept_non_private,
         cap=_cap(tree, server, stages.synthesizer.asks),
     )
@@ -179,7 +180,12 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
 RELEASED: dict[str, ReleaseKind] = {
     "dp_lora": "adapter",
     "dp_ffa_lora": "adapter",
+    "dp_distil": "adapter",
     "plain_lora": "adapter",
+    "private_prediction": "text",
+    "invisible_ink": "text",
+    "epsvec": "vector",
+    "pe_votes": "histogram",
 }
 """What every kind of learner sends. The server cannot import them; a test holds this table to their union."""
 
@@ -201,15 +207,39 @@ def _cap(tree: Tree, server: ServerSection, asks: ReleaseSpec) -> UpdateCap | No
     return read_cap(learner, largest=server.max_update_norm) if asks.kind == "adapter" else None
 
 
-def _survey(tree: Tree, asks: ReleaseSpec) -> dict[str, int]:
-    """Return the names and lengths of what the sites count once in a run. Raises: ConfigInvalid."""
+def _survey(tree: Tree, server: ServerSection, asks: ReleaseSpec) -> dict[str, int]:
+    """Return the names and lengths of what the sites count and sum once in a run.
+
+    Raises: ConfigInvalid when a method reads a sum that no site is asked for, or made otherwise than it is read.
+    """
     told = tree.get("client", {}).get("survey")
-    if told is None:
-        return {}
-    survey = parse(_Survey, told, where="client.survey")
+    survey = _Survey(codes=False) if told is None else parse(_Survey, told, where="client.survey")
     if survey.codes and not asks.codes:
         raise ConfigInvalid("client.survey.codes counts control codes, and server.synthesizer has none; leave it out")
-    return {"codes": len(asks.codes)} if survey.codes else {}
+    if getattr(server.synthesizer, "quota", "") == "survey" and not survey.codes:
+        raise ConfigInvalid('server.synthesizer.quota = "survey" reads counts of codes; add [client.survey]')
+    for one in server.filters:
+        if isinstance(one, KernelDensity):
+            _check_kernel(one, survey.kernel)
+    kernel = {"kernel": int(survey.kernel.get("dim", 1024))} if survey.kernel is not None else {}
+    return ({"codes": len(asks.codes)} if survey.codes else {}) | kernel
+
+
+def _check_kernel(wanted: KernelDensity, kernel: Tree | None) -> None:
+    """Raise `ConfigInvalid` unless the sites sum the very features that the filter reads."""
+    if kernel is None:
+        raise ConfigInvalid(
+            "server.filters: kernel_density reads a sum of kernel features that no site is asked for; add "
+            "[client.survey.kernel] with the filter's embedder, dim, bandwidth, kernel and seed"
+        )
+    read = {"kind": "kernel_density", "keep": 1, **kernel}
+    summed = parse(KernelDensity, read, where="client.survey.kernel")
+    for key in ("embedder", "dim", "bandwidth", "kernel", "seed"):
+        if getattr(summed, key) != getattr(wanted, key):
+            raise ConfigInvalid(
+                f"server.filters: kernel_density.{key} = {getattr(wanted, key)!r}, and client.survey.kernel.{key} = "
+                f"{getattr(summed, key)!r}; the sum means nothing unless both are the same"
+            )
 
 
 class _Survey(Section):
@@ -218,6 +248,7 @@ class _Survey(Section):
     model_config = ConfigDict(extra="ignore")
 
     codes: bool = True
+    kernel: Tree | None = None
 
 
 TEXT_BYTES = 4 << 20

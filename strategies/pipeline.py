@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fl_app import journal, lora, releases
+from fl_app import journal, lora, releases, votes
 from fl_app.errors import RoundFailed
 from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_site
@@ -169,7 +169,7 @@ class Pipeline:
 
     def bins(self, number: int) -> tuple[str, ...]:
         """Return the names of a histogram's counts in round `number`: the texts that the sites were sent, in order."""
-        return readback.bins(self.materials.get(number, Material()).texts)
+        return votes.bin_names(self.materials.get(number, Material()).texts)
 
     def prepare(self, number: int) -> Material:
         """Return, and keep for the broadcast, what the sites need to answer round `number`.

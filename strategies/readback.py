@@ -9,7 +9,7 @@ from fl_app.privacy.events import receipt_from_dict
 from fl_app.types import ClientLevelCost, CodedText, Draft, Hello, Lesson, Material, Origin, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -21,11 +21,6 @@ def drafts(path: Path) -> tuple[Draft, ...]:
 def lessons(path: Path) -> tuple[Lesson, ...]:
     """Return the lessons of a JSON-lines file."""
     return tuple(Lesson(**row) for row in journal.read_lines(path))
-
-
-def bins(texts: Sequence[CodedText]) -> tuple[str, ...]:
-    """Return the names of the bins of a vote over texts: their numbers, in order."""
-    return tuple(str(number) for number in range(len(texts)))
 
 
 def write_material(material: Material, folder: Path) -> None:

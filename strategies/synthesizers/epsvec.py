@@ -114,7 +114,8 @@ class SteeredSampling:
         """A vector by code and layer, and a count by code."""
         width = steering.width(self.lab.local.model)
         vectors = {steering.vector_name(code.id, layer): width for code in self.codes for layer in self.section.layers}
-        return ReleaseSpec(kind="vector", vectors=vectors | {steering.count_name(code.id): 1 for code in self.codes})
+        counts = {steering.count_name(code.id): 1 for code in self.codes}
+        return ReleaseSpec(kind="vector", vectors=vectors | counts, codes=frozenset(code.id for code in self.codes))
 
     def prepare(
         self, target: Adapter, earlier: Sequence[Draft], rng: np.random.Generator, round_number: int

@@ -75,7 +75,9 @@ def test_a_side_is_used_up(tmp_path: Path) -> None:
 def test_what_is_neither_is_refused(tmp_path: Path, other: DpReceipt) -> None:
     ledger = opened(tmp_path)
     reserve(ledger, steps(5), sides=(survey(),))
-    with pytest.raises(LedgerRefusal, match=r"sample rate 0\.05, and gaussian with noise_multiplier 5, and .* is asked"):
+    with pytest.raises(
+        LedgerRefusal, match=r"sample rate 0\.05, and gaussian with noise_multiplier 5, and .* is asked"
+    ):
         reserve(ledger, other)
 
 
