@@ -62,7 +62,7 @@ class DecodingSection(Section):
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
     template: str = "{code}{text}\n\n{code}"
     placeholder: str = "..."
-    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
+    batch_rows: Annotated[int, Field(ge=1, le=4096)] = 64
 
     @field_validator("template")
     @classmethod
