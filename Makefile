@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding ledger preflight audit-log check format setup professional \
-  corpus export clean
+  corpus export curate clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
 	@$(BIN)/python -m simulations.launch --config configs/demo.toml $(ARGS)
@@ -71,6 +71,10 @@ professional: corpus  ## train the professional of the embedded corpus from its 
 
 export: setup  ## make export RUN=runs/<id>: the target merged into a plain Hugging Face model
 	$(BIN)/python -m simulations.export --run $(RUN) --out $(RUN)/merged
+
+curate: setup  ## make curate RUN=runs/<id> [REFERENCE=public.jsonl] [FEATURES=minilm] [ROWS=sites]: look before release
+	@$(BIN)/python -m simulations.curation.curate --run $(RUN) $(if $(REFERENCE),--reference $(REFERENCE)) \
+	  $(if $(FEATURES),--features $(FEATURES)) $(if $(ROWS),--rows $(ROWS))
 
 setup: .venv/.ready
 
