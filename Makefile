@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step ledger preflight audit-log check format setup professional \
+.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-distil ledger preflight audit-log check format setup professional \
   corpus export clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
@@ -40,6 +40,9 @@ faults: setup  ## what was broken on purpose, and what held, by bar (make faults
 
 bench-step: setup  ## what a DP step and a site's round cost, against peft and Opacus (about 40 minutes, one core)
 	PYTHONPATH=. $(BIN)/python benchmarks/dp_step.py
+
+bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about 20 minutes, one core; goes on)
+	PYTHONPATH=. $(BIN)/python benchmarks/distil_ppl.py $(ARGS)
 
 ledger: setup  ## make ledger SITE=dir: what a site spent, entry by entry, what is left, and whether all is whole
 	@$(BIN)/python -m clients.desk ledger $(SITE)
