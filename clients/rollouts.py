@@ -165,12 +165,13 @@ def _probe(model: Any, words: int, dtype: Any) -> bool:
     import torch
 
     rng = np.random.default_rng(0)
-    for _ in range(draws(2 * PROBED * words, dtype)):
-        for width in (WIDTH_STEP, 2 * WIDTH_STEP):
+    widths, places = (WIDTH_STEP, 2 * WIDTH_STEP), (0, 5, 15)
+    for _ in range(draws(len(widths) * len(places) * PROBED * words, dtype)):
+        for width in widths:
             rows = [tuple(rng.integers(0, words, width - n % 7).tolist()) for n in range(HEIGHT_STEP)]
             tokens = rng.integers(0, words, (PROBED, HEIGHT_STEP))
             company = _Decoder(model, rows, width=width, height=HEIGHT_STEP)
-            alone = {place: _Decoder(model, [rows[place]], width=width, height=HEIGHT_STEP) for place in (0, 5, 15)}
+            alone = {place: _Decoder(model, [rows[place]], width=width, height=HEIGHT_STEP) for place in places}
             for step in range(PROBED):
                 together_HV = company.logits()
                 for place, one in alone.items():

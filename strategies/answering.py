@@ -6,9 +6,10 @@ an empty one, and a draft with either is not asked about.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fl_app import text
 from fl_app.config import Section
@@ -27,17 +28,36 @@ TOKENS_PER_WORD = 4
 max_new_tokens / 4 therefore ended by the model's own will, with or without a full stop ("positive"). Assumption."""
 
 
-class AnsweringSection(Section):
-    """How a local model writes. temperature 0 is greedy."""
+SLOT = "{text}"
 
+
+class AnsweringSection(Section):
+    """How a local model writes. temperature 0 is greedy.
+
+    `task` is what is asked about a draft, which stands at {text}; the lesson's instruction is that task, so
+    that a corpus of texts to be judged (headlines, notes) needs no question inside every draft.
+    """
+
+    task: str = SLOT
     max_new_tokens: Annotated[int, Field(ge=1, le=8192)] = 256
     temperature: Annotated[float, Field(ge=0, le=5)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
+    @field_validator("task")
+    @classmethod
+    def _has_slot(cls, task: str) -> str:
+        if task.count(SLOT) != 1:
+            raise ValueError(f"task must hold {SLOT} exactly once, where the draft goes")
+        return task
 
-def askable(drafts: Sequence[Draft]) -> list[Draft]:
-    """Return the drafts that are put to the professional, in order."""
-    return [draft for draft in drafts if not text.markup(draft.instruction)]
+
+def askable(drafts: Sequence[Draft], section: AnsweringSection) -> list[Draft]:
+    """Return the drafts that are put to the professional, in order, each as the task about it."""
+    return [
+        dataclasses.replace(draft, instruction=section.task.replace(SLOT, draft.instruction))
+        for draft in drafts
+        if not text.markup(draft.instruction)
+    ]
 
 
 def write(model: TextModel, asked: Sequence[str], section: AnsweringSection, rng: np.random.Generator) -> list[str]:

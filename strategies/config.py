@@ -16,6 +16,7 @@ from fl_app.errors import ConfigInvalid
 from fl_app.journal import Journal
 from fl_app.seeds import stream
 from strategies.aggregators import AnyAggregator
+from strategies.answering import SLOT
 from strategies.checkpoint import Checkpoint
 from strategies.distillers import AnyDistiller
 from strategies.exam import ExamSection, read_exam
@@ -83,6 +84,12 @@ def read_server(tree: Tree) -> ServerSection:
     """Return the [server] table of a configuration tree. Raises: ConfigInvalid."""
     server = parse(ServerSection, tree.get("server", {}), where="server")
     _check_voices(server)
+    asked = getattr(server.distiller, "task", SLOT)
+    if asked != SLOT and getattr(server.tuner, "rehearse", 0.0) > 0:
+        raise ConfigInvalid(
+            f"server.tuner.rehearse = {getattr(server.tuner, 'rehearse', 0.0):g} would write the task "
+            "server.distiller.task after control codes, where a draft belongs; write rehearse = 0"
+        )
     return server
 
 

@@ -178,6 +178,8 @@ class Pipeline:
         """
         if self.asked.kind in {"adapter", None}:
             return Material()
+        if number in self.materials:
+            return self.materials[number]
         folder = self.journal.round(number)
 
         def work() -> Made:

@@ -85,7 +85,7 @@ class RewritingDistiller:
         A first answer that is not usable has no attempt to improve on and makes no lesson.
         """
         section, model = self.section, self.professional
-        asked = askable(drafts)
+        asked = askable(drafts, self.section)
         first = write(model, [draft.instruction for draft in asked], section, rng)
         answered = [(draft, answer) for draft, answer in zip(asked, first, strict=True) if answer]
         odds = self._log_odds(answered)

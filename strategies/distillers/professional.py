@@ -41,7 +41,7 @@ class ProfessionalDistiller:
 
     def __call__(self, drafts: Sequence[Draft], rng: np.random.Generator) -> Sequence[Lesson]:
         """Return a lesson for every draft with a usable answer, in order."""
-        asked = askable(drafts)
+        asked = askable(drafts, self.section)
         answers = write(self.professional, [draft.instruction for draft in asked], self.section, rng)
         name = self.professional.name
         return tuple(lesson(draft, answer, name) for draft, answer in zip(asked, answers, strict=True) if answer)

@@ -64,7 +64,7 @@ class VotingDistiller:
         Answers that are not usable have no vote. One usable answer has nobody to agree with: agreement 0.
         """
         section = self.section
-        asked = askable(drafts)
+        asked = askable(drafts, self.section)
         messages = [draft.instruction for draft in asked for _ in range(section.samples)]
         answers = write(self.professional, messages, section, rng)
         lessons: list[Lesson] = []
