@@ -42,10 +42,12 @@ def lab(frozen: FrozenModel) -> Iterator[Lab]:
     one.close()
 
 
-def survey(frozen: FrozenModel, texts: Sequence[str], *, noise: float = 0.0, seed: int = SEED) -> VectorRelease:
+def survey(
+    frozen: FrozenModel, texts: Sequence[str], *, noise: float = 0.0, seed: int = SEED, **changes: Any
+) -> VectorRelease:
     """What a site would send: the sum of its texts' features, and noise."""
     vectors = LocalStates(kind="local").build(frozen)(texts, alone=True)
-    total = kernel_features(vectors, DIM, BANDWIDTH, seed).sum(axis=0)
+    total = kernel_features(vectors, DIM, changes.pop("bandwidth", BANDWIDTH), seed, **changes).sum(axis=0)
     noisy = total + noise * np.random.default_rng(0).standard_normal(DIM)
     return VectorRelease(vectors={"kernel": noisy.astype(np.float32)})
 
@@ -92,6 +94,25 @@ def test_a_seed_that_is_not_the_sites_makes_the_sum_mean_nothing(lab: Lab, froze
     wins = [[one.instruction for one in screen(lab, found, seed=100 + n).kept] == NEAR for n in range(20)]
 
     assert sum(wins) < 15
+
+
+def test_the_kernel_is_the_configured_one(lab: Lab, frozen: FrozenModel) -> None:
+    found, told = drafts([*FAR, *NEAR]), {"kernel": "laplacian", "bandwidth": 8.0}
+    for seed in range(5):
+        lab.surveys = {"abbey": survey(frozen, PRIVATE, seed=seed, **told)}
+        assert [one.instruction for one in screen(lab, found, seed=seed, **told).kept] == NEAR
+
+
+def test_noise_as_large_as_the_sum_drowns_it(lab: Lab, frozen: FrozenModel) -> None:
+    """The density of a near text is at most 3; noise of 0.01 leaves the order, noise of 1000 does not always."""
+    found, wins = drafts([*FAR, *NEAR]), []
+    for seed in range(10):
+        for noise in (0.01, 1000.0):
+            lab.surveys = {"abbey": survey(frozen, PRIVATE, noise=noise, seed=seed)}
+            wins.append([one.instruction for one in screen(lab, found, seed=seed).kept] == NEAR)
+
+    assert all(wins[0::2])
+    assert not all(wins[1::2])
 
 
 def test_the_sites_sums_are_added(lab: Lab, frozen: FrozenModel) -> None:
