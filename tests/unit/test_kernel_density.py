@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from fl_app.embeddings import LocalStates
 from fl_app.errors import RoundFailed
 from fl_app.kernel_features import kernel_features
+from fl_app.kernel_sum import KernelSumSection
 from fl_app.types import Draft, Origin, VectorRelease
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
@@ -161,3 +162,24 @@ def test_a_survey_of_another_length_is_refused(lab: Lab, frozen: FrozenModel) ->
 def test_sections_that_make_no_sense_are_refused(wrong: dict[str, Any], lab: Lab) -> None:
     with pytest.raises(ValidationError):
         screen(lab, [], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("embedder", {"kind": "minilm"}),
+        ("embedder", {"kind": "local", "max_tokens": 64}),
+        ("dim", 2048),
+        ("bandwidth", 0.9),
+        ("kernel", "laplacian"),
+        ("seed", 1),
+    ],
+)
+def test_two_sums_are_the_same_in_every_key_or_not_at_all(key: str, other: Any) -> None:
+    one = KernelSumSection.model_validate({"embedder": {"kind": "local"}})
+    wanted = TypeAdapter[Any](AnyFilter).validate_python(
+        {"kind": "kernel_density", "keep": 7, "embedder": {"kind": "local"}}
+    )
+
+    assert wanted.same_sum(one) == one.same_sum(wanted) == ""
+    assert wanted.same_sum(KernelSumSection.model_validate({"embedder": {"kind": "local"}, key: other})) == key
