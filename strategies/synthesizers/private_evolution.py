@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     Doubles = npt.NDArray[np.float64]
 
 SURVEYED = "codes"
-"""Name of the survey's noisy counts, one per code in the order of the file."""
+"""Name of the survey's noisy counts, one per code in the order of the ids."""
 
 
 class PrivateEvolution(SamplingSection):
@@ -144,7 +144,8 @@ class Evolution:
     def asks(self) -> ReleaseSpec:
         """One noisy count per text of the population; with quota = "survey" one per code as well."""
         survey = {SURVEYED: len(self.codes)} if self.section.quota == "survey" else {}
-        return ReleaseSpec(kind="histogram", vectors={"votes": self.section.population}, survey=survey)
+        codes = frozenset(code.id for code in self.codes)
+        return ReleaseSpec(kind="histogram", vectors={"votes": self.section.population}, codes=codes, survey=survey)
 
     def prepare(
         self, target: Adapter, earlier: Sequence[Draft], rng: np.random.Generator, round_number: int
@@ -268,7 +269,7 @@ class Evolution:
                 return [float(counts[places[code]].sum()) for code in present]
             case "survey":
                 told = _surveyed(voices, len(self.codes), round_number)
-                by_code = dict(zip((code.id for code in self.codes), told, strict=True))
+                by_code = dict(zip(sorted(code.id for code in self.codes), told, strict=True))
                 return [float(by_code[code]) for code in present]
 
     def _last_before(self, round_number: int) -> Generation | None:

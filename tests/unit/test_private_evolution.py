@@ -191,7 +191,7 @@ def test_quotas_by_votes_evenly_and_by_survey() -> None:
     """
     material = material_of(*["skin"] * 3, *["lung"] * 3, *["heart"] * 2)
     counts = [4, -3, 0, 2, 3, 3, 3, 0]
-    told = VectorRelease(vectors={"codes": np.array([15, 0.5, 0.5], np.float32)})
+    told = VectorRelease(vectors={"codes": np.array([0.5, 0.5, 15], np.float32)})  # heart, lung, skin: by id
     surveys = {"a": told, "b": told}
 
     def by(quota: str) -> dict[str, int]:
@@ -354,6 +354,7 @@ def test_a_survey_is_asked_for_and_missed() -> None:
     short = {"a": VectorRelease(vectors={"codes": np.ones(2, np.float32)})}
 
     assert dict(one.asks.survey) == {"codes": 3}
+    assert one.asks.codes == {"skin", "lung", "heart"}
     assert dict(evolution().asks.survey) == {}
     for surveys in ({}, short):
         with pytest.raises(RoundFailed, match=r"survey of 3 codes.*quota = \"votes\""):
