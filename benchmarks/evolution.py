@@ -1,6 +1,6 @@
 """Does Private Evolution move a population towards private text? Both halves, without Flower, on the made-up letters.
 
-    PYTHONPATH=. python benchmarks/evolution.py [--rounds 4] [--rows 300] [--population 96] [--keep 24]
+    PYTHONPATH=. python benchmarks/evolution.py [--rounds 4] [--rows 300] [--population 96] [--keep 24] [--seed 0]
 
 Four houses are four sites of `--rows` letters each; as many others are held out. Texts begin as what the public start
 writes, and are varied by it; sites vote with MiniLM over all codes. Figures, per round: the mean cosine between a
@@ -87,17 +87,17 @@ def played(lab: Lab, section: PrivateEvolution, sites: Any, held: Floats, embed:
         told = PublicConstants(sample_rate=1.0, expected_batch=1, max_tokens=64, max_rows_per_unit=1, unit="record")
         near: list[float] = []
         for number in range(1, args.rounds + 1):
-            material = evolve.prepare(start, (), stream(0, "prepare", number), number)
+            material = evolve.prepare(start, (), stream(args.seed, "prepare", number), number)
             if number == 1:
                 texts = embed([text.text for text in material.texts])
                 near.append(float((held @ texts.T).max(axis=1).mean()))
             releases: dict[str, Any] = {}
             for house, rows in sites.items():
-                source = SimulatedNoise(stream(0, "noise", house, number))
+                source = SimulatedNoise(stream(args.seed, "noise", house, number))
                 bench = Workbench(model=lab.local, codes={}, noise=source, system="", material=material)
                 releases[house] = learner(rows, start, learner.announce(told, noise), told, bench)
             voices = Voices(merged=start, by_site={}, releases=releases, material=material)
-            drafts = evolve(voices, stream(0, "synthesise", number), number)
+            drafts = evolve(voices, stream(args.seed, "synthesise", number), number)
             near.append(float((held @ embed([draft.instruction for draft in drafts]).T).max(axis=1).mean()))
     return [round(value, 4) for value in near]
 
@@ -105,7 +105,7 @@ def played(lab: Lab, section: PrivateEvolution, sites: Any, held: Floats, embed:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rounds", 4), ("rows", 300), ("population", 96), ("keep", 24)):
+    for name, default in (("rounds", 4), ("rows", 300), ("population", 96), ("keep", 24), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     args.learner = {"kind": "pe_votes", "embedder": {"kind": "minilm"}, "within": "all"}
@@ -149,7 +149,7 @@ def main() -> None:
     lab.close()
     shown = {
         "benchmark": "evolution",
-        "sizes": {name: getattr(args, name) for name in ("rounds", "rows", "population", "keep")},
+        "sizes": {name: getattr(args, name) for name in ("rounds", "rows", "population", "keep", "seed")},
         "delta": delta,
         "noise_multiplier": {name: round(noise, 3) for name, noise in noises.items()},
         "opening": found["quiet"][0],

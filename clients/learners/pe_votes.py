@@ -10,6 +10,8 @@ rows is shrunk to 1 as a whole. The histogram over all bins is therefore one Gau
 and T rounds compose to mu = sqrt(T) / noise_multiplier. Texts are embedded alone, so that no vote hangs on a
 neighbour's rounding.
 
+DPSDA's client level, one vote vector of norm 1 per client, is the case of a unit column that has one value per client.
+
 Source: Aug-PE (Xie et al. 2024, 2403.01749) and DPSDA (Lin et al. 2023, 2305.15560). Ours differs in three places: a
 unit may have several rows; noise lies on a lattice; nothing else about the rows is released, where the papers take the
 number of rows per class without noise.

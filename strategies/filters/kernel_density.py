@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from fl_app.config import Section
-from fl_app.embeddings import AnyEmbedder
 from fl_app.errors import RoundFailed
-from fl_app.kernel_features import Kernel, densities, kernel_features
+from fl_app.kernel_features import densities
+from fl_app.kernel_sum import KernelSumSection
 from fl_app.types import Screened
 
 if TYPE_CHECKING:
@@ -40,36 +39,12 @@ SURVEYED = "kernel"
 """Name of the noisy sum in a survey."""
 
 
-class KernelDensity(Section):
-    """[[server.filters]] kind = "kernel_density".
-
-    `embedder`, `dim`, `bandwidth`, `kernel` and `seed` are those of the sites' survey, or the sum means nothing.
-    The defaults are measured (`benchmarks/kernel_density.py`, MiniLM, 1,200 letters of four sites against public
-    questions of the same topics). AUC by noise multiplier 0, 4 and 16; by the exact density, 0.81:
-
-    | bandwidth | dim 1024         | dim 4096         |
-    |-----------|------------------|------------------|
-    | 0.35      | 0.64, 0.55, 0.52 | 0.72, 0.54, 0.52 |
-    | 0.5       | 0.75, 0.73, 0.61 | 0.80, 0.75, 0.60 |
-    | 1.0       | 0.78, 0.77, 0.72 | 0.81, 0.80, 0.74 |
-    | 4.0       | 0.78, 0.75, 0.65 | 0.81, 0.78, 0.64 |
-    """
+class KernelDensity(KernelSumSection):
+    """[[server.filters]] kind = "kernel_density": the keys of the sites' sum, and how many drafts stay."""
 
     kind: Literal["kernel_density"]
-    embedder: AnyEmbedder
     keep: Annotated[int, Field(ge=1, le=1_000_000)]
     by: Literal["code", "all"] = "code"
-    dim: Annotated[int, Field(ge=2, le=65_536)] = 4096
-    bandwidth: Annotated[float, Field(gt=0, le=1e3)] = 1.0
-    kernel: Kernel = "gaussian"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-    @field_validator("dim")
-    @classmethod
-    def _paired(cls, dim: int) -> int:
-        if dim % 2:
-            raise ValueError(f"dim {dim} must be even: features come in pairs of cosine and sine")
-        return dim
 
     def build(self, lab: ServerModels) -> Filter:
         """Return the stage. Raises: ModelMissing when the embedder is not on this machine."""
@@ -93,8 +68,7 @@ class KernelDensityFilter:
         if not drafts:
             return Screened(kept=(), dropped={})
         section = self.section
-        vectors = self.embed([draft.instruction for draft in drafts])
-        features = kernel_features(vectors, section.dim, section.bandwidth, section.seed, kernel=section.kernel)
+        features = section.features([draft.instruction for draft in drafts], self.embed)
         density = densities(features, self._surveyed())
         groups: dict[str, list[int]] = {}
         for number, draft in enumerate(drafts):

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from fl_app.embeddings import LocalStates
 from fl_app.errors import RoundFailed
 from fl_app.kernel_features import kernel_features
+from fl_app.kernel_sum import KernelSumSection
 from fl_app.types import Draft, Origin, VectorRelease
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
@@ -42,10 +43,12 @@ def lab(frozen: FrozenModel) -> Iterator[Lab]:
     one.close()
 
 
-def survey(frozen: FrozenModel, texts: Sequence[str], *, noise: float = 0.0, seed: int = SEED) -> VectorRelease:
+def survey(
+    frozen: FrozenModel, texts: Sequence[str], *, noise: float = 0.0, seed: int = SEED, **changes: Any
+) -> VectorRelease:
     """What a site would send: the sum of its texts' features, and noise."""
     vectors = LocalStates(kind="local").build(frozen)(texts, alone=True)
-    total = kernel_features(vectors, DIM, BANDWIDTH, seed).sum(axis=0)
+    total = kernel_features(vectors, DIM, changes.pop("bandwidth", BANDWIDTH), seed, **changes).sum(axis=0)
     noisy = total + noise * np.random.default_rng(0).standard_normal(DIM)
     return VectorRelease(vectors={"kernel": noisy.astype(np.float32)})
 
@@ -94,6 +97,25 @@ def test_a_seed_that_is_not_the_sites_makes_the_sum_mean_nothing(lab: Lab, froze
     assert sum(wins) < 15
 
 
+def test_the_kernel_is_the_configured_one(lab: Lab, frozen: FrozenModel) -> None:
+    found, told = drafts([*FAR, *NEAR]), {"kernel": "laplacian", "bandwidth": 8.0}
+    for seed in range(5):
+        lab.surveys = {"abbey": survey(frozen, PRIVATE, seed=seed, **told)}
+        assert [one.instruction for one in screen(lab, found, seed=seed, **told).kept] == NEAR
+
+
+def test_noise_as_large_as_the_sum_drowns_it(lab: Lab, frozen: FrozenModel) -> None:
+    """The density of a near text is at most 3; noise of 0.01 leaves the order, noise of 1000 does not always."""
+    found, wins = drafts([*FAR, *NEAR]), []
+    for seed in range(10):
+        for noise in (0.01, 1000.0):
+            lab.surveys = {"abbey": survey(frozen, PRIVATE, noise=noise, seed=seed)}
+            wins.append([one.instruction for one in screen(lab, found, seed=seed).kept] == NEAR)
+
+    assert all(wins[0::2])
+    assert not all(wins[1::2])
+
+
 def test_the_sites_sums_are_added(lab: Lab, frozen: FrozenModel) -> None:
     """One site alone has more texts of the far kind; with the other's the near kind wins."""
     lab.surveys = {"abbey": survey(frozen, [FAR[0], FAR[0], NEAR[0]])}
@@ -140,3 +162,24 @@ def test_a_survey_of_another_length_is_refused(lab: Lab, frozen: FrozenModel) ->
 def test_sections_that_make_no_sense_are_refused(wrong: dict[str, Any], lab: Lab) -> None:
     with pytest.raises(ValidationError):
         screen(lab, [], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("embedder", {"kind": "minilm"}),
+        ("embedder", {"kind": "local", "max_tokens": 64}),
+        ("dim", 2048),
+        ("bandwidth", 0.9),
+        ("kernel", "laplacian"),
+        ("seed", 1),
+    ],
+)
+def test_two_sums_are_the_same_in_every_key_or_not_at_all(key: str, other: Any) -> None:
+    one = KernelSumSection.model_validate({"embedder": {"kind": "local"}})
+    wanted = TypeAdapter[Any](AnyFilter).validate_python(
+        {"kind": "kernel_density", "keep": 7, "embedder": {"kind": "local"}}
+    )
+
+    assert wanted.same_sum(one) == one.same_sum(wanted) == ""
+    assert wanted.same_sum(KernelSumSection.model_validate({"embedder": {"kind": "local"}, key: other})) == key

@@ -64,6 +64,11 @@ def test_a_joint_vote_is_shrunk_and_never_stretched(values: list[float], bound: 
     assert found @ vote == pytest.approx(float(np.linalg.norm(found) * np.linalg.norm(vote)))
 
 
+def test_a_joint_vote_by_hand() -> None:
+    assert votes.bounded(np.array([3.0, 4.0]), 4.0) == pytest.approx([2.4, 3.2])
+    assert votes.bounded(np.array([3.0, 4.0]), 5.0).tolist() == [3.0, 4.0]
+
+
 def test_names_of_bins_depend_on_place_code_and_text() -> None:
     names = votes.bin_names(POPULATION)
     same_text_twice = (CodedText(code="skin", text="a"), CodedText(code="skin", text="a"))
