@@ -1,6 +1,6 @@
 """DistilDP's perplexity table in small: who teaches a small student best under epsilon 2, on finance headlines.
 
-    python benchmarks/distil_ppl.py [--seeds 0 1 2] [--work DIR] [--data DIR]
+    python benchmarks/distil_ppl.py [--seeds 0 1 2] [--cells NAME ...] [--work DIR] [--data DIR]
 
 Teacher: SmolLM2-135M-Instruct, 30 blocks. Student: ten of its blocks, healed as a whole on public questions and answers
 that hold no headline. Private: 3000 headlines (all of the source `sentfin` but its test part); test: its 250 others.
@@ -196,8 +196,6 @@ class Bench:
             block.self_attn.layer_idx = number
         model.model.layers = torch.nn.ModuleList(chosen)
         model.config.num_hidden_layers = len(chosen)
-        if hasattr(model.config, "layer_types"):
-            model.config.layer_types = model.config.layer_types[: len(chosen)]
         model.get_input_embeddings().weight.requires_grad_(requires_grad=False)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=heal["learning_rate"], weight_decay=0.0)
@@ -362,26 +360,25 @@ CELLS: dict[str, Cell] = {
 """In this order: a teacher's cell comes before those that learn from it."""
 
 
-def run(work: Path, data: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Compute the cells that are not there and append one line over all of them. Returns that line."""
+def run(work: Path, data: Path, seeds: Sequence[int], cells: Sequence[str]) -> dict[str, Any]:
+    """Compute these cells where they are not there, and append one line over all that are. Returns that line."""
     work.mkdir(parents=True, exist_ok=True)
     began, path = record.commit(), work / "cells.jsonl"
     done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     bench = Bench(work, data)
     for seed in seeds:
-        for name, cell in CELLS.items():
+        for name in cells:
             if any((one["cell"], one["seed"]) == (name, seed) for one in done):
                 continue
             clock, cpu = time.monotonic(), time.process_time()
-            line = {"cell": name, "seed": seed, **cell(bench, seed)}
+            line = {"cell": name, "seed": seed, "commit": began, **CELLS[name](bench, seed)}
             line |= {"seconds": round(time.monotonic() - clock), "cpu_seconds": round(time.process_time() - cpu)}
             done.append(line)
             with path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
     texts = {name: len(value) for name, value in dataclasses.asdict(bench.texts).items()}
-    cells = [one for one in done if one["seed"] in seeds]
-    return record.append({"kind": "distil_ppl", "commit": began, "setting": SETTING, "texts": texts, "cells": cells})
+    return record.append({"kind": "distil_ppl", "commit": began, "setting": SETTING, "texts": texts, "cells": done})
 
 
 def main() -> int:
@@ -391,9 +388,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=models.cache_root() / "distil_ppl" / key)
     parser.add_argument("--data", type=Path, default=DATA, help="folder with finance/ and medical/")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cells", choices=list(CELLS), nargs="+", default=list(CELLS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(arguments.work, arguments.data, arguments.seeds)
+    run(arguments.work, arguments.data, arguments.seeds, arguments.cells)
     return 0
 
 

@@ -63,8 +63,9 @@ class Teacher:
         self._kept: dict[int, tuple[TokenSequence, Any]] = {}
 
     def keep(self, known: Sequence[TokenSequence]) -> None:
-        """Let the states of these sequences be kept when they are first met, up to `most_bytes` in all."""
+        """Let the states of these sequences, and no others, be kept when they are first met, up to `most_bytes`."""
         self._kept = {id(one): (one, None) for one in known}
+        self._kept_bytes = 0
 
     def states(self, sequence: TokenSequence) -> Any:
         """Return the last states at the positions of a sequence that carry loss. Shape: (n, E)."""

@@ -197,6 +197,10 @@ def test_what_a_teacher_says_of_a_row_does_not_depend_on_company_or_memory(froze
             assert np.array_equal(first, full.states(one).numpy())
     assert keeping.states(examples[0]) is keeping.states(examples[0])  # kept
     assert full.states(examples[0]) is not full.states(examples[0])
+    small = Teacher(frozen.model, most_bytes=fresh.states(examples[0]).nbytes)
+    for one in examples[:1] * 2:  # room for one, and again for one after another call
+        small.keep([one])
+        assert small.states(one) is small.states(one)
     assert fresh.states(examples[0]) is not fresh.states(examples[0])
 
 
