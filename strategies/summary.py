@@ -3,7 +3,7 @@
     exam.<model>.<metric>.{value,low,high,count,higher_is_better[,chance]}   models: base, adapter, target_round_<n>,
                                                                               professional
     epsilon.<site>.{spent,spent_is_lower_bound,private,budget,delta,unit,relation,sampling,accountant,rdp,by_round,
-                    noise_multiplier}
+                    noise_multiplier,mechanisms}
     client_level.{spent,budget,delta,unit,relation,sampling,accountant,rdp,by_round,noise_multiplier,clip_norm,scope,
                   protects,does_not_protect}   null unless the aggregator adds noise of its own
     seconds.<phase>   seconds_by_round[]   bytes.{up,down}.<site>   drafts.{written,kept,dropped,by_round}
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from fl_app import journal
 from fl_app.privacy.accountants import pld, rdp
+from fl_app.privacy.events import merged
+from fl_app.privacy.plan import describe
 from fl_app.privacy.statement import of_entry, of_receipts, of_site, rounded_up
 from fl_app.types import Gaussian, PoissonGaussian
 from strategies.spending import NON_PRIVATE
@@ -110,6 +112,7 @@ def _epsilon(pipeline: Pipeline, site: str) -> dict[str, Any]:
         "noise_multiplier": [
             receipt.event.noise_multiplier for receipt in receipts if isinstance(receipt.event, PoissonGaussian)
         ],
+        "mechanisms": [describe(receipt) for receipt in merged(receipts)],
     }
 
 

@@ -63,6 +63,7 @@ class SiteBudget:
     rdp: float | None
     by_round: tuple[float, ...]
     noise_multiplier: tuple[float, ...]
+    mechanisms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +278,7 @@ def _budget(site: str, value: object) -> SiteBudget | None:
         noise_multiplier=tuple(
             found for each in list_of(entry.get("noise_multiplier")) if (found := finite_of(each)) is not None
         ),
+        mechanisms=tuple(text_of(each) for each in list_of(entry.get("mechanisms"))),
     )
 
 

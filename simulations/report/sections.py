@@ -84,7 +84,7 @@ def privacy(record: Record) -> Html:
         "Sampling",
         "Accountant",
         "RDP beside",
-        "Noise multiplier",
+        "Mechanisms",
     ]
     parts.append(
         table(
@@ -256,7 +256,8 @@ def _score(metric: str, score: Measured | None) -> str:
 
 
 def _site(site: SiteBudget) -> list[Cell]:
-    told, noise = site.statement, ", ".join(words.small(each) for each in site.noise_multiplier) or NOT_MEASURED
+    told = site.statement
+    noise = "; ".join(site.mechanisms) or ", ".join(words.small(each) for each in site.noise_multiplier) or NOT_MEASURED
     if told is None:
         blank = NOT_MEASURED
         return [site.site, tag("span", WITHHELD, class_="alert"), *([blank] * 7), noise]
