@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding bench-distil ledger \
+.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding bench-distil bench-synthesis ledger \
   preflight audit-log check format setup professional corpus export curate clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
@@ -43,6 +43,9 @@ bench-step: setup  ## what a DP step and a site's round cost, against peft and O
 
 bench-decoding: setup  ## what a token costs under each decoder, against plain generate (about 10 minutes, one core)
 	PYTHONPATH=. $(BIN)/python benchmarks/decoding.py $(ARGS)
+
+bench-synthesis: setup  ## every way to make private text, one table (about 4 hours, 2 cores; goes on where it stopped)
+	PYTHONPATH=. $(BIN)/python benchmarks/synthesis.py $(ARGS)
 
 bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about 20 minutes, one core; goes on)
 	PYTHONPATH=. $(BIN)/python benchmarks/distil_ppl.py $(ARGS)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import performance
 import reliability
+import synthesis_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
@@ -25,6 +26,7 @@ PAGE = ROOT / "docs" / "results.md"
 AUDIT_PAGE = ROOT / "docs" / "audit.md"
 PERFORMANCE_PAGE = ROOT / "docs" / "performance.md"
 RELIABILITY_PAGE = ROOT / "docs" / "reliability.md"
+SYNTHESIS_PAGE = ROOT / "docs" / "synthesis.md"
 NAMES = {
     "base": "base model",
     "start": "start (public warm start)",
@@ -217,6 +219,7 @@ def main() -> int:
         AUDIT_PAGE.write_text(audit_page(), encoding="utf-8")
         PERFORMANCE_PAGE.write_text(performance.page(), encoding="utf-8")
         RELIABILITY_PAGE.write_text(reliability.page(), encoding="utf-8")
+        SYNTHESIS_PAGE.write_text(synthesis_table.page(), encoding="utf-8")
     return 0
 
 
