@@ -61,7 +61,7 @@ METHODS = (
     "dp_lora+kernel",
 )
 FLOORS = ("zero_shot", "public_only")
-LAYERS = (14, 15, 16, 17)
+LAYERS = (18,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +269,7 @@ def _methods(  # noqa: PLR0911 - a table
             return learner, _released(cell), {}
         case "epsvec":
             learner = {"kind": "epsvec", "layers": list(LAYERS)}
-            return learner, {"kind": "epsvec", **writes, "layers": list(LAYERS), "num_negatives": 40}, {}
+            return learner, {"kind": "epsvec", **writes, "layers": list(LAYERS), "num_negatives": 40, "coefficient": 0.6}, {}
         case "private_evolution":
             learner = {"kind": "pe_votes", "embedder": {"kind": "minilm"}}
             evolve = {**writes, "kind": "private_evolution", "population": DRAFTS, "keep": DRAFTS // 2}
