@@ -273,6 +273,20 @@ def test_a_row_is_read_up_to_the_sites_own_limit(release: Callable[..., VectorRe
     assert whole[0] == whole[1] != mechanism(release([a_row("it itch")], told=told)).tobytes()
 
 
+def test_rows_are_read_one_at_a_time(frozen: FrozenModel, release: Callable[..., VectorRelease]) -> None:
+    """In a batch, or at a width that others set, a row would move others by rounding, and no clip bounds that."""
+    shapes: list[tuple[int, ...]] = []
+    handle = frozen.model.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: shapes.append(tuple(inputs[0].shape))
+    )
+    try:
+        release(rows(7))
+    finally:
+        handle.remove()
+    lengths = [len(f"Letter about {row.code}:\n{row.instruction[:24]}") for row in rows(7)]
+    assert sorted(shapes) == sorted((1, length) for length in lengths)
+
+
 # --- names, shapes, empty sites
 
 

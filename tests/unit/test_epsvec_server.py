@@ -334,13 +334,19 @@ def test_each_draft_is_pushed_along_the_sum_of_the_sites_for_its_class(frozen: F
 
 
 def test_sites_in_another_order_give_the_same_bits(frozen: FrozenModel) -> None:
-    sent = {site: vectors(n) for n, site in enumerate("abcde")}
+    """Of sizes at which the order of a sum tells: large, small, and minus the large."""
+    names = vectors(0).vectors
+    sent = {
+        site: VectorRelease(vectors={name: np.full_like(one, size) for name, one in names.items()})
+        for site, size in (("a", 3e30), ("b", 1.0), ("c", -3e30))
+    }
+    assert (3e30 + 1.0) - 3e30 != (3e30 - 3e30) + 1.0
     found: list[bytes] = []
-    for one in (sent, dict(reversed(sent.items()))):
+    for order in ("abc", "acb", "cba"):
         stage, lab = fake(frozen)
-        stage(voices(one), stream(0, "s"), 1)
+        stage(voices({site: sent[site] for site in order}), stream(0, "s"), 1)
         found.append(lab.directions[0].tobytes())
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_sum_of_the_sites_is_the_vector_of_all_rows(section: Callable[..., EpsVec], lab: Lab) -> None:
