@@ -15,7 +15,7 @@ put on before the clock runs, as in a round.
     own_one       plain, one adapter for all rows by our layers
     per_row       plain, an adapter of its own for every row
     peft_mixed    PEFT's mixed batch (`adapter_names`), the same adapters
-    one_by_one    one row after another, each under its own adapter
+    one_by_one    one adapter after another, each with its own rows as a batch
 
 A decoder is a line in `DECODERS`: name -> function of a `Bench` that returns what is to be timed. The last line is one
 JSON object; it is appended to results.jsonl with the commit, from which docs/performance.md is made.
@@ -54,8 +54,6 @@ CASES = {
 """Precision, maps with LoRA of rank 8, rows of the batch. There are eight adapters; 32 rows share them, four each."""
 
 ADAPTERS, RANK, PROMPT_TOKENS = 8, 8, 32
-ONE_BY_ONE_UP_TO = 8
-"""Rows up to which one row after another is timed: it is linear from there on, and slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +94,8 @@ class Bench:
         """The tokenizer under which no row ends."""
         return Endless(self.frozen.tokenizer)
 
-    def plain(self, model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> None:
-        """Decode greedily with transformers' `generate`."""
+    def plain(self, model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        """Return what transformers' `generate` decodes greedily, token ids without the prompt."""
         ids = torch.tensor(prompts)
         with torch.inference_mode():
             out = model.generate(
@@ -113,9 +111,13 @@ class Bench:
                 **options,
             )
         assert out.shape == (len(prompts), PROMPT_TOKENS + self.new_tokens)
+        return out[:, PROMPT_TOKENS:].tolist()
 
 
-Decoder: TypeAlias = "Callable[[Bench], Callable[[], None]]"
+Decode: TypeAlias = "Callable[[], Any]"
+"""What is timed. A decoder without randomness returns the token ids of its rows, so that a test can compare them."""
+
+Decoder: TypeAlias = "Callable[[Bench], Decode]"
 
 
 def make(name: str, dtype: str, targets: str, rows: int, new_tokens: int) -> Bench:
@@ -141,17 +143,17 @@ def make(name: str, dtype: str, targets: str, rows: int, new_tokens: int) -> Ben
     return Bench(frozen=frozen, prompts=prompts, adapters=adapters, new_tokens=new_tokens)
 
 
-def plain(bench: Bench) -> Callable[[], None]:
+def plain(bench: Bench) -> Decode:
     """The yardstick."""
     return lambda: bench.plain(bench.frozen.model, bench.prompts)
 
 
-def plain_static(bench: Bench) -> Callable[[], None]:
+def plain_static(bench: Bench) -> Decode:
     """The yardstick with a cache that is laid out at once."""
     return lambda: bench.plain(bench.frozen.model, bench.prompts, cache_implementation="static")
 
 
-def _seeded(bench: Bench, rng_of: Callable[[], Any]) -> Callable[[], None]:
+def _seeded(bench: Bench, rng_of: Callable[[], Any]) -> Decode:
     def run() -> None:
         prompts: Any = bench.prompts
         options = {"max_new_tokens": bench.new_tokens, "temperature": 0.8, "top_p": 0.95}
@@ -160,34 +162,34 @@ def _seeded(bench: Bench, rng_of: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
-def seeded(bench: Bench) -> Callable[[], None]:
+def seeded(bench: Bench) -> Decode:
     """Sampling as the lab does it with one adapter."""
     return _seeded(bench, lambda: np.random.default_rng(0))
 
 
-def seeded_rows(bench: Bench) -> Callable[[], None]:
+def seeded_rows(bench: Bench) -> Decode:
     """Sampling as the lab does it with an adapter per row."""
     return _seeded(bench, lambda: [np.random.default_rng(row) for row in range(len(bench.prompts))])
 
 
-def one_adapter(bench: Bench) -> Callable[[], None]:
+def one_adapter(bench: Bench) -> Decode:
     """PEFT as it is."""
     model = lora.attach(bench.frozen, bench.adapters[0])
     return lambda: bench.plain(model, bench.prompts)
 
 
-def own_one(bench: Bench) -> Callable[[], None]:
+def own_one(bench: Bench) -> Decode:
     """Our layers, all rows under the same adapter."""
     index = [0] * len(bench.prompts)
     return lambda: bench.plain(row_adapters.attach(bench.frozen, bench.adapters, index), bench.prompts)
 
 
-def per_row(bench: Bench) -> Callable[[], None]:
+def per_row(bench: Bench) -> Decode:
     """Our layers, every adapter in the batch."""
     return lambda: bench.plain(row_adapters.attach(bench.frozen, bench.adapters, bench.index), bench.prompts)
 
 
-def peft_mixed(bench: Bench) -> Callable[[], None]:
+def peft_mixed(bench: Bench) -> Decode:
     """PEFT with all adapters loaded."""
     model: Any = lora.attach(bench.frozen, bench.adapters[0])
     names = ["default"]
@@ -203,13 +205,15 @@ def peft_mixed(bench: Bench) -> Callable[[], None]:
     return lambda: bench.plain(model.eval(), bench.prompts, adapter_names=chosen)
 
 
-def one_by_one(bench: Bench) -> Callable[[], None]:
-    """One site after another, a row each."""
+def one_by_one(bench: Bench) -> Decode:
+    """One site after another, each with its rows."""
     models_by_adapter = [lora.attach(bench.frozen, adapter) for adapter in bench.adapters]
+    batches: dict[int, list[list[int]]] = {}
+    for prompt, own in zip(bench.prompts, bench.index, strict=True):
+        batches.setdefault(own, []).append(prompt)
 
-    def run() -> None:
-        for prompt, own in zip(bench.prompts, bench.index, strict=True):
-            bench.plain(models_by_adapter[own], [prompt])
+    def run() -> list[list[int]]:
+        return [ids for own, prompts in batches.items() for ids in bench.plain(models_by_adapter[own], prompts)]
 
     return run
 
@@ -227,7 +231,7 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def interleaved(decoders: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def interleaved(decoders: dict[str, Decode], repeats: int) -> dict[str, list[float]]:
     """Return CPU seconds of each decoder, taken in turn, after one turn that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in decoders}
     for turn in range(repeats + 1):
@@ -249,13 +253,12 @@ def case(model: str, which: str, chosen: Sequence[str], repeats: int, new_tokens
     """Return one case: tokens per second, and ratios to plain and to one adapter."""
     dtype, targets, rows = CASES[which]
     bench = make(model, dtype, targets, rows, new_tokens)
-    names = [name for name in chosen if name != "one_by_one" or rows <= ONE_BY_ONE_UP_TO]
-    seconds = interleaved({name: DECODERS[name](bench) for name in names}, repeats)
+    seconds = interleaved({name: DECODERS[name](bench) for name in chosen}, repeats)
     tokens = rows * new_tokens
     found: dict[str, Any] = {
         "rows": rows,
         "tokens_per_s": {name: round(tokens / float(np.median(one)), 1) for name, one in seconds.items()},
-        "over_plain": {name: ratio(seconds, name, "plain") for name in names if name != "plain"},
+        "over_plain": {name: ratio(seconds, name, "plain") for name in chosen if name != "plain"},
     }
     adapted = [name for name in ("per_row", "peft_mixed", "one_by_one") if name in seconds]
     for yardstick in ("one_adapter", "own_one"):

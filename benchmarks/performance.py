@@ -22,7 +22,7 @@ DECODERS = {
     "own_one": "one adapter (our layers)",
     "per_row": "**an adapter per row**",
     "peft_mixed": "PEFT's mixed batch",
-    "one_by_one": "one row after another",
+    "one_by_one": "one adapter after another",
 }
 
 
@@ -131,39 +131,41 @@ def _round(found: dict[str, Any]) -> list[str]:
 def _decoding(lines: list[dict[str, Any]]) -> list[str]:
     if not lines:
         return []
-    line = lines[-1]
-    measured = {name for one in line["cases"].values() for name in one["over_plain"]}
+    cases = {which: {**one, "line": line} for line in lines for which, one in line["cases"].items()}  # the last of each
+    last = lines[-1]
+    measured = {name for one in cases.values() for name in one["over_plain"]}
     names = [*(name for name in DECODERS if name in measured), *sorted(measured - set(DECODERS))]
     rows = [
         f"| {DECODERS.get(name, name.replace('_', ' '))} | "
-        + " | ".join(_span(one["over_plain"].get(name)) for one in line["cases"].values())
+        + " | ".join(_span(one["over_plain"].get(name)) for one in cases.values())
         + " |"
         for name in names
     ]
+    columns = ["case", "ours / PEFT's one", "ours / our one", "PEFT's mixed / PEFT's one", "one by one / PEFT's one"]
+    columns += ["plain, tokens/s", "turns", "commit"]
     against = [
         f"| {which} | {_span(one['over_one_adapter']['per_row'])} | {_span(one['over_own_one']['per_row'])} | "
-        f"{_span(one['over_one_adapter'].get('peft_mixed'))} | {_span(one['over_one_adapter'].get('one_by_one'))} |"
-        for which, one in line["cases"].items()
+        f"{_span(one['over_one_adapter'].get('peft_mixed'))} | {_span(one['over_one_adapter'].get('one_by_one'))} | "
+        f"{one['tokens_per_s']['plain']:.0f} | {one['line']['repeats']} | {one['line']['commit']} |"
+        for which, one in cases.items()
         if "over_one_adapter" in one and "over_own_one" in one
     ]
-    speeds = ", ".join(f"{which} {one['tokens_per_s']['plain']:.0f}" for which, one in line["cases"].items())
     return [
         "",
         "## Decoding",
         "",
-        f"{line['model']}, {line['prompt_tokens']} tokens of prompt and {line['new_tokens']} written in every row,",
-        f"{line['adapters']} adapters of rank 8; batches of 8 rows, or of 32. CPU seconds over those of plain",
-        f"`generate` of the bare model (tokens per second: {speeds}).",
-        f"`make bench-decoding`, commit {line['commit']}, {line['repeats']} turns.",
+        f"{last['model']}, {last['prompt_tokens']} tokens of prompt and {last['new_tokens']} written in every row,",
+        f"{last['adapters']} adapters of rank 8 on the maps named; 8 rows, or 32. CPU seconds over those of plain",
+        "`generate` of the bare model, decoders in turn in one process: `make bench-decoding`.",
         "",
-        f"| decoder | {' | '.join(line['cases'])} |",
-        f"|{'---|' * (len(line['cases']) + 1)}",
+        f"| decoder | {' | '.join(cases)} |",
+        f"|{'---|' * (len(cases) + 1)}",
         *rows,
         "",
         "The same batch with an adapter of its own for every row, over one adapter for all rows:",
         "",
-        "| case | ours / PEFT's one | ours / our one | PEFT's mixed / PEFT's one | one by one / PEFT's one |",
-        "|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
         *against,
     ]
 

@@ -1,10 +1,12 @@
 """Text and likelihoods from a model in memory; randomness is an argument.
 
-Decoding is transformers' `generate`. Its sampling draws from torch's global generator, so we let it decode greedily
-over scores to which `SeededSampling` has added Gumbel noise of a given stream: argmax(score / T + Gumbel) is an exact
-draw from softmax(score / T) (Gumbel-max trick, Maddison et al. 2014), and the same stream gives the same text.
+Decoding is a loop of our own over the model's cached steps, for two reasons. transformers' `generate` samples from
+torch's global generator; we decode greedily over scores to which `SeededSampling` has added Gumbel noise of a given
+stream: argmax(score / T + Gumbel) is an exact draw from softmax(score / T) (Gumbel-max trick, Maddison et al. 2014),
+and the same stream gives the same text. And `generate` computes every row until the last one ends; we take rows that
+have ended out of the batch. Tests hold the loop to `generate`.
 
-Legend of shapes: B = rows, T = padded length, V = vocabulary, O = options per prompt.
+Legend of shapes: B = rows, A = rows still being written, T = padded length, V = vocabulary, O = options per prompt.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ import numpy as np
 from fl_app.errors import NotFinite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 CANDIDATES = 512
 """Sampling looks at this many most likely tokens. A full sort of 49k scores costs a third of a decoding step on a CPU;
 under top_p <= .95 the tail beyond 512 tokens is cut anyway (assumption, not studied)."""
+
+SHRINK = 0.875
+"""The batch shrinks when no more than this share of its rows is still being written. One step costs as much as
+54 ms + 2.4 ms a row (SmolLM2-135M, bfloat16, one thread), making a smaller cache about as much as the largest step."""
 
 _WAY_OUT = "its weights, or the adapter on it, hold NaN or infinity; check the base model's files, lower learning_rate"
 
@@ -50,32 +56,66 @@ def generate(
 
     temperature 0 is greedy; `rng` is then not used. A row ends at the end token or after `max_new_tokens`. With a
     generator per prompt a row's draws do not depend on the batch it is in; one for all draws for the batch as a whole.
+    A row is left alone when others leave the batch, up to rounding: products over fewer rows may sum in another order.
 
     Raises: NotFinite when a row's best score is no number: what is drawn from such scores means nothing.
     """
     import torch
-    from transformers import LogitsProcessorList
 
     if not prompts:
         return []
-    processors = LogitsProcessorList([_finite_scores()])
-    if temperature > 0:
-        processors.append(_seeded_sampling(temperature, top_p, rng))
     ids_BT, mask_BT = _left_padded(tokenizer, [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts])
+    sampling = _seeded_sampling(temperature, top_p, rng) if temperature > 0 else None
     with torch.inference_mode():
-        out_BT = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            logits_processor=processors,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+        new_BT = _decode(model, tokenizer, ids_BT, mask_BT, max_new_tokens=max_new_tokens, sampling=sampling)
+    return tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+
+
+def _decode(model: Any, tokenizer: Any, ids_BT: Any, mask_BT: Any, *, max_new_tokens: int, sampling: Any) -> Any:
+    """Return the new tokens of every row, filled up with the padding token behind its end. Shape: (B, T)."""
+    import torch
+
+    end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    new_BT = torch.full((len(ids_BT), max_new_tokens), tokenizer.pad_token_id, dtype=torch.int64)
+    rows_A, going_A = torch.arange(len(ids_BT)), torch.ones(len(ids_BT), dtype=torch.bool)
+    cache, step_AT, mask_AT = None, ids_BT, mask_BT
+    _keep(model, sampling, None)
+    positions_AT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    for step in range(max_new_tokens):
+        out = model(
+            input_ids=step_AT,
+            attention_mask=mask_AT,
+            position_ids=positions_AT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-    return tokenizer.batch_decode(out_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
+        cache = out.past_key_values
+        scores_AV = _finite(out.logits[:, -1].float())
+        drawn_A = (scores_AV if sampling is None else sampling(None, scores_AV)).argmax(-1)
+        drawn_A = drawn_A.masked_fill(~going_A, tokenizer.pad_token_id)
+        new_BT[rows_A, step] = drawn_A
+        going_A = going_A & (drawn_A != end)
+        left = int(going_A.sum())
+        if not left:
+            return new_BT[:, : step + 1]
+        if left <= SHRINK * len(rows_A):
+            kept_A = going_A.nonzero()[:, 0]
+            cache.batch_select_indices(kept_A)
+            rows_A, going_A, drawn_A, mask_AT = rows_A[kept_A], going_A[kept_A], drawn_A[kept_A], mask_AT[kept_A]
+            _keep(model, sampling, kept_A.tolist())
+        step_AT = drawn_A[:, None]
+        mask_AT = torch.cat([mask_AT, torch.ones_like(step_AT)], dim=1)
+        positions_AT = mask_AT.sum(-1, keepdim=True) - 1
+    return new_BT
+
+
+def _keep(model: Any, sampling: Any, kept: list[int] | None) -> None:
+    """Tell whoever knows rows by their number that the others have left the batch; None: that all are there again."""
+    for one in (sampling, model):
+        keep_rows = getattr(one, "keep_rows", None)
+        if keep_rows is not None:
+            keep_rows(kept)
 
 
 def option_likelihood(
@@ -143,34 +183,12 @@ def _left_padded(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[Any, An
     return ids_BT, mask_BT
 
 
-def _finite_scores() -> Any:
-    """Return a logits processor that changes nothing and refuses rows without a best score."""
-    from transformers import LogitsProcessor
-
-    class FiniteScores(LogitsProcessor):
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
-            best_B = scores.amax(-1)  # NaN if any is NaN; -inf where all are, and single ones may be
-            if not bool(best_B.isfinite().all()):
-                raise NotFinite(f"best score {best_B.tolist()[:4]} from the model: {_WAY_OUT}")
-            return scores
-
-    return FiniteScores()
-
-
-def _uniforms(rng: np.random.Generator | Sequence[np.random.Generator]) -> Callable[[int, int], Any]:
-    """Return a function: rows, draws -> uniform numbers (rows, draws), from one stream or from one per row."""
-    import torch
-
-    streams = [rng] if isinstance(rng, np.random.Generator) else rng
-    generators = [torch.Generator().manual_seed(int(one.integers(2**62))) for one in streams]
-    if isinstance(rng, np.random.Generator):
-        return lambda rows, draws: torch.rand((rows, draws), generator=generators[0])
-
-    def own(rows: int, draws: int) -> Any:
-        assert rows == len(generators), f"{len(generators)} streams for {rows} rows"
-        return torch.stack([torch.rand(draws, generator=one) for one in generators])
-
-    return own
+def _finite(scores_AV: Any) -> Any:
+    """Return the scores. Raises: NotFinite for a row without a best one."""
+    best_A = scores_AV.amax(-1)  # NaN if any is NaN; -inf where all are, and single ones may be
+    if not bool(best_A.isfinite().all()):
+        raise NotFinite(f"best score {best_A.tolist()[:4]} from the model: {_WAY_OUT}")
+    return scores_AV
 
 
 def _seeded_sampling(temperature: float, top_p: float, rng: np.random.Generator | Sequence[np.random.Generator]) -> Any:
@@ -178,16 +196,36 @@ def _seeded_sampling(temperature: float, top_p: float, rng: np.random.Generator 
     import torch
     from transformers import LogitsProcessor
 
-    uniforms = _uniforms(rng)
+    one_stream = isinstance(rng, np.random.Generator)
+    generators = [
+        torch.Generator().manual_seed(int(one.integers(2**62))) for one in ([rng] if one_stream else list(rng))
+    ]
 
     class SeededSampling(LogitsProcessor):
+        """Call after call the same rows, less those that `keep_rows` took out. One stream goes on drawing for all."""
+
+        begun = 0
+        rows: list[int] | None = None
+
+        def keep_rows(self, kept: list[int] | None) -> None:
+            before = range(self.begun) if self.rows is None else self.rows
+            self.rows = None if kept is None else [before[row] for row in kept]
+
+        def uniforms(self, rows: int, draws: int) -> Any:
+            own = list(range(rows)) if self.rows is None else self.rows
+            self.begun = self.begun or rows
+            if one_stream:
+                return torch.rand((self.begun, draws), generator=generators[0])[own]
+            assert self.rows is not None or rows == len(generators), f"{len(generators)} streams for {rows} rows"
+            return torch.stack([torch.rand(draws, generator=generators[row]) for row in own])
+
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             scaled_BV = scores.float() / temperature
             total_B1 = scaled_BV.logsumexp(-1, keepdim=True)
             best_BK, index_BK = scaled_BV.topk(min(CANDIDATES, scaled_BV.shape[-1]), dim=-1)
             mass_BK = (best_BK - total_B1).exp()
             outside_BK = mass_BK.cumsum(-1) - mass_BK >= top_p
-            uniform_BK = uniforms(*best_BK.shape).clamp_(min=1e-20, max=1 - 1e-7)
+            uniform_BK = self.uniforms(*best_BK.shape).clamp_(min=1e-20, max=1 - 1e-7)
             noisy_BK = (best_BK - (-uniform_BK.log()).log()).masked_fill(outside_BK, -torch.inf)
             drawn_B1 = index_BK.gather(1, noisy_BK.argmax(-1, keepdim=True))
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn_B1, 0.0)

@@ -73,8 +73,10 @@ def groups_of(index: Sequence[int]) -> Groups:
 def attach(frozen: FrozenModel, adapters: Sequence[Adapter], index: Sequence[int]) -> Any:
     """Return a replica of the frozen model, over the same weights, whose row i carries `adapters[index[i]]`.
 
-    It takes batches of len(index) rows and no others. Factors are kept in float32, as PEFT keeps them, whatever the
-    base is in. Adapters may differ in rank: smaller ones are filled up with zeros, which add nothing.
+    It takes batches of len(index) rows and no others. `keep_rows` of the replica, given the numbers of some of them,
+    goes on with those, as decoding does when rows have ended; given None, with all again. Factors are kept in float32,
+    as PEFT keeps them, whatever the base is in. Adapters may differ in rank: smaller ones are filled up with zeros,
+    which add nothing.
 
     Guarantee: `frozen` is not touched, neither by this call nor by an exception in a pass of the replica. What a row
     becomes does not depend on the numbers of any other row or of its adapter, not-a-number included. Against a run
@@ -84,24 +86,30 @@ def attach(frozen: FrozenModel, adapters: Sequence[Adapter], index: Sequence[int
     """
     _check(frozen, adapters, index)
     used = sorted(set(index))
-    groups = groups_of([used.index(one) for one in index])
-    worn = [adapters[one] for one in used]
+    worn = _Worn([used.index(one) for one in index])
+    chosen = [adapters[one] for one in used]
     model = frozen.replica().model
-    for name in worn[0].layers:
+    for name in chosen[0].layers:
         module = model.get_submodule(name)
-        module.forward = _forward(name, module.forward, _stacked(worn, name, groups), groups)
+        module.forward = worn.forward(name, module.forward, _stacked(chosen, name))
+    model.keep_rows = worn.keep_rows
     return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Stack:
-    """Factors of one layer by group, scaling within `b`. Shapes: a (G, I, r), a view of (G, r, I); b (G, r, O)."""
+    """Factors of one layer, scaling within `b`. Shapes: a (K, I, r), a view of (K, r, I); b (K, r, O)."""
 
     a: Any
     b: Any
 
+    def of(self, groups: Groups) -> _Stack:
+        """Return the factors by group."""
+        chosen = list(groups.adapters)
+        return _Stack(a=self.a.transpose(1, 2)[chosen].transpose(1, 2), b=self.b[chosen])
 
-def _stacked(adapters: Sequence[Adapter], name: str, groups: Groups) -> _Stack:
+
+def _stacked(adapters: Sequence[Adapter], name: str) -> _Stack:
     import torch
 
     layers = [one.layers[name] for one in adapters]
@@ -112,33 +120,55 @@ def _stacked(adapters: Sequence[Adapter], name: str, groups: Groups) -> _Stack:
         own = layer.a.shape[0]
         a[number, :own] = layer.a
         b[number, :own] = (adapter.alpha / own) * layer.b.T
-    chosen = list(groups.adapters)
-    return _Stack(a=torch.from_numpy(a[chosen]).transpose(1, 2), b=torch.from_numpy(b[chosen]))
+    return _Stack(a=torch.from_numpy(a).transpose(1, 2), b=torch.from_numpy(b))
 
 
-def _forward(name: str, base: Any, stack: _Stack, groups: Groups) -> Any:
-    """Return the forward of one map: the frozen one, and what each row's adapter adds to it."""
-    import torch
+class _Worn:
+    """Which row of the batch wears which adapter, and what every layer makes of it."""
 
-    rows, places = torch.tensor(groups.rows), torch.tensor(groups.places)
-    num_rows, num_groups = len(groups.places), len(groups.adapters)
+    def __init__(self, index: Sequence[int]) -> None:
+        self.stacks: dict[str, _Stack] = {}
+        self.placed: dict[str, _Stack] = {}
+        self.whole = tuple(index)
+        self.index: tuple[int, ...] = ()
+        self.keep_rows(None)
 
-    def forward(x_BTI: Any) -> Any:
-        if x_BTI.ndim != 3 or x_BTI.shape[0] != num_rows:  # noqa: PLR2004 - B, T, I
-            raise AdapterMismatch(
-                f"{name} gets inputs of shape {tuple(x_BTI.shape)}; this model carries an adapter for each of "
-                f"{num_rows} rows of tokens: attach adapters for the batch that is to be decoded"
-            )
-        out_BTO = base(x_BTI)
-        placed = x_BTI if groups.in_order else x_BTI[rows]
-        low_GNr = torch.bmm(placed.reshape(num_groups, -1, x_BTI.shape[-1]).float(), stack.a)
-        if groups.in_order and out_BTO.dtype == torch.float32:
-            out_BTO.view(num_groups, -1, out_BTO.shape[-1]).baddbmm_(low_GNr, stack.b)
-            return out_BTO
-        more = torch.bmm(low_GNr, stack.b).view(len(groups.rows), *out_BTO.shape[1:])
-        return out_BTO.add_(more if groups.in_order else more[places])
+    def keep_rows(self, kept: Sequence[int] | None) -> None:
+        """Go on with the rows `kept`, by their numbers in the batch so far; None: with the whole batch again."""
+        import torch
 
-    return forward
+        index = self.whole if kept is None else tuple(self.index[row] for row in kept)
+        if index == self.index:
+            return
+        self.index = index
+        self.groups = groups_of(self.index)
+        self.in_order = self.groups.in_order
+        self.rows, self.places = torch.tensor(self.groups.rows), torch.tensor(self.groups.places)
+        self.placed = {name: stack.of(self.groups) for name, stack in self.stacks.items()}
+
+    def forward(self, name: str, base: Any, stack: _Stack) -> Any:
+        """Return the forward of one map: the frozen one, and what each row's adapter adds to it."""
+        import torch
+
+        self.stacks[name], self.placed[name] = stack, stack.of(self.groups)
+
+        def forward(x_BTI: Any) -> Any:
+            if x_BTI.ndim != 3 or x_BTI.shape[0] != len(self.index):  # noqa: PLR2004 - B, T, I
+                raise AdapterMismatch(
+                    f"{name} gets inputs of shape {tuple(x_BTI.shape)}; this model carries an adapter for each of "
+                    f"{len(self.index)} rows of tokens: attach adapters for the batch that is to be decoded"
+                )
+            own, num_groups = self.placed[name], len(self.groups.adapters)
+            out_BTO = base(x_BTI)
+            placed = x_BTI if self.in_order else x_BTI[self.rows]
+            low_GNr = torch.bmm(placed.reshape(num_groups, -1, x_BTI.shape[-1]).float(), own.a)
+            if self.in_order and out_BTO.dtype == torch.float32:
+                out_BTO.view(num_groups, -1, out_BTO.shape[-1]).baddbmm_(low_GNr, own.b)
+                return out_BTO
+            more = torch.bmm(low_GNr, own.b).view(len(self.groups.rows), *out_BTO.shape[1:])
+            return out_BTO.add_(more if self.in_order else more[self.places])
+
+        return forward
 
 
 def _check(frozen: FrozenModel, adapters: Sequence[Adapter], index: Sequence[int]) -> None:

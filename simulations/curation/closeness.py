@@ -24,7 +24,11 @@ from fl_app.errors import ConfigInvalid
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
     from fl_app.types import Floats
+
+    Places = npt.NDArray[np.intp]
 
 SEEDS = 5
 SCALING = 5.0
@@ -95,27 +99,37 @@ def mauve(synthetic: Sequence[str], reference: Sequence[str], features: Features
         why = f"mauve-text with faiss and scikit-learn is not installed: {INSTALL}"
     if why:
         return Closeness(value=None, ceiling=None, why=why, **settings)
-    ours, theirs = _checked(features, synthetic), _checked(features, reference)
     rngs = [np.random.default_rng([seed, number]) for number in range(SEEDS)]
-    values = [
-        _one(_draw(ours, side, rng), _draw(theirs, side, rng), settings["buckets"], number)
-        for number, rng in enumerate(rngs)
-    ]
-    ceiling = None
-    if len(theirs) >= 2 * side:
-        halves = [_draw(theirs, 2 * side, rng) for rng in rngs]
-        ceiling = _spread(
-            [_one(one[:side], one[side:], settings["buckets"], number) for number, one in enumerate(halves)]
-        )
-    return Closeness(value=_spread(values), ceiling=ceiling, **settings)
+    own = [rng.permutation(len(synthetic))[:side] for rng in rngs]
+    others = [rng.permutation(len(reference))[:side] for rng in rngs]
+    twice = [rng.permutation(len(reference))[: 2 * side] for rng in rngs] if len(reference) >= 2 * side else []
+    ours = _Rows.of(features, synthetic, own)
+    theirs = _Rows.of(features, reference, [*others, *twice])  # of a long reference only what some seed drew
+    buckets = settings["buckets"]
+    pairs = zip(own, others, strict=True)
+    values = [_one(ours[left], theirs[right], buckets, number) for number, (left, right) in enumerate(pairs)]
+    limits = [_one(theirs[two[:side]], theirs[two[side:]], buckets, number) for number, two in enumerate(twice)]
+    return Closeness(value=_spread(values), ceiling=_spread(limits) if limits else None, **settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Rows:
+    """Features of the texts that were drawn, found by the place of a text among all."""
+
+    places: Places
+    rows: Floats
+
+    @classmethod
+    def of(cls, features: Features, texts: Sequence[str], draws: Sequence[Places]) -> _Rows:
+        places = np.unique(np.concatenate(draws))
+        return cls(places=places, rows=_checked(features, [texts[int(place)] for place in places]))
+
+    def __getitem__(self, draw: Places) -> Floats:
+        return self.rows[np.searchsorted(self.places, draw)]
 
 
 def _spread(values: Sequence[float]) -> Spread:
     return Spread(value=float(np.mean(values)), low=min(values), high=max(values))
-
-
-def _draw(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
-    return rows[rng.permutation(len(rows))[:count]]
 
 
 def _checked(features: Features, texts: Sequence[str]) -> Floats:

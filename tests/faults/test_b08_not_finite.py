@@ -397,11 +397,11 @@ def test_a_round_that_fails_leaves_the_last_good_target(
         monkeypatch.setattr(SupervisedTuning, "__call__", in_round_two(plain, lambda *a: with_one(plain(*a), NAN)))
     elif where == "exam":
         score = Exam.score
-        refuse = in_round_two(score, lambda *_: inference._finite_scores()(None, bad_scores()), calls=5)
+        refuse = in_round_two(score, lambda *_: inference._finite(bad_scores()), calls=5)
         monkeypatch.setattr(Exam, "score", refuse)
     else:
         plain = CodedSampling.__call__
-        refuse = in_round_two(plain, lambda *_: inference._finite_scores()(None, bad_scores()))
+        refuse = in_round_two(plain, lambda *_: inference._finite(bad_scores()))
         monkeypatch.setattr(CodedSampling, "__call__", refuse)
 
     prepared = launch.prepare("configs/smoke.toml", SMALL, run=f"last-good-{where}")

@@ -57,6 +57,107 @@ def text(
     )
 
 
+# --- the loop
+
+
+class Ending:
+    """The tokenizer, with another end token, and with tokens handed out as they are."""
+
+    def __init__(self, inner: Any, end: int) -> None:
+        self.inner, self.eos_token_id = inner, end
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return self.inner(*args, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def batch_decode(self, ids_BT: Any, **_: Any) -> list[list[int]]:
+        return ids_BT.tolist()
+
+
+LONG = ["A cough:", "Tell me of the rash on my arm, please", "", "Sage?", "And then", "Hm", "No", "Why willow bark?"]
+
+
+def ids(model: Any, tokenizer: Any, rng: Any = None, *, prompts: list[str] = LONG) -> Any:
+    """Tokens of a batch; greedy without a stream."""
+    temperature = 0.0 if rng is None else 1.0
+    return inference.generate(
+        model, tokenizer, prompts, max_new_tokens=24, temperature=temperature, top_p=0.95, rng=rng
+    )
+
+
+def sizes(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that takes down how many rows each pass of the model had."""
+    seen: list[int] = []
+    before = model.forward
+
+    def forward(*args: Any, **settings: Any) -> Any:
+        seen.append(len(settings["input_ids"]))
+        return before(*args, **settings)
+
+    monkeypatch.setattr(model, "forward", forward)
+    return seen
+
+
+def by_generate(model: Any, tokenizer: Any) -> list[list[int]]:
+    """The oracle: transformers' own greedy decoding of the same batch, no row taken out."""
+    import torch
+
+    ids_BT, mask_BT = inference._left_padded(tokenizer, [tokenizer(p)["input_ids"] for p in LONG])
+    with torch.inference_mode():
+        out_BT = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=24,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    return out_BT[:, ids_BT.shape[1] :].tolist()
+
+
+def ends(model: Any, frozen: FrozenModel) -> list[int]:
+    """Return tokens that end some rows early and others late, and one that ends none."""
+    endless = by_generate(model, Ending(frozen.tokenizer, -1))
+    first = {token: [row.index(token) for row in endless if token in row] for row in endless for token in row}
+    return [*sorted(first, key=lambda token: -len(set(first[token])))[:4], -1]
+
+
+def test_greedy_tokens_are_those_of_generate_though_rows_leave_the_batch(
+    model: Any, frozen: FrozenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = ends(model, frozen)
+    expected = {end: by_generate(model, Ending(frozen.tokenizer, end)) for end in tokens}
+    seen = sizes(model, monkeypatch)
+
+    for end in tokens:
+        assert ids(model, Ending(frozen.tokenizer, end)) == expected[end]
+
+    assert min(seen) < max(seen) == len(LONG)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one stream", "a stream per row"])
+def test_rows_that_leave_do_not_change_what_is_drawn_for_the_others(
+    model: Any, frozen: FrozenModel, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    def rng(seed: int) -> Any:
+        return [stream(seed, "row", row) for row in range(len(LONG))] if own else stream(seed, "batch")
+
+    tokens = ends(model, frozen)[:4]
+    seen = sizes(model, monkeypatch)
+    shrinking = [ids(model, Ending(frozen.tokenizer, end), rng(seed)) for seed, end in enumerate(tokens * 3)]
+    assert min(seen) < len(LONG)
+
+    monkeypatch.setattr(inference, "SHRINK", 0.0)
+    seen.clear()
+    assert [ids(model, Ending(frozen.tokenizer, end), rng(seed)) for seed, end in enumerate(tokens * 3)] == shrinking
+    assert set(seen) == {len(LONG)}
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_softmax(temperature: float) -> None:
     expected = softmax(temperature) * DRAWS

@@ -31,6 +31,11 @@ class Ids:
     """The tokenizer, but it hands the tokens out as they are: decoded bytes hide which tokens they were."""
 
     inner: Any
+    end: int = -2
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.inner.eos_token_id if self.end == -2 else self.end
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
         return self.inner(*args, **settings)
@@ -40,7 +45,7 @@ class Ids:
 
     def batch_decode(self, ids_BT: Any, **_: Any) -> list[Any]:
         """Tokens up to the end token, which stops a row; what follows it in a batch is filling."""
-        end = self.inner.eos_token_id
+        end = self.eos_token_id
         return [tuple(row[: row.index(end) + 1] if end in row else row) for row in ids_BT.tolist()]
 
 
@@ -107,6 +112,34 @@ def test_another_index_gives_other_tokens(frozen: FrozenModel, adapters: list[Ad
     other = _tokens(row_adapters.attach(frozen, adapters, (0, 2, 2, 0, 0, 2)), frozen, PROMPTS, None, 0.0)
 
     assert [one != two for one, two in zip(first, other, strict=True)] == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_rows_keep_their_adapters_when_others_have_ended(
+    frozen: FrozenModel, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    index, prompts = (0, 1, 2, 2, 1, 0, 1, 1), [*PROMPTS, "No", "Why willow?"]
+
+    def run() -> list[Any]:
+        streams = [stream(3, "row", row) for row in range(len(prompts))]
+        model = row_adapters.attach(frozen, adapters, index)
+        return [_tokens_until(end, model, frozen, prompts, streams, temperature) for end in range(3, 200, 12)]
+
+    shrinking = run()
+    monkeypatch.setattr(inference, "SHRINK", 0.0)
+
+    assert run() == shrinking
+    lengths = {len(row) for one in shrinking for row in one}
+    assert len(lengths) > 3  # rows ended at many places
+
+
+def _tokens_until(
+    end: int, model: Any, frozen: FrozenModel, prompts: Sequence[str], rng: Any, temperature: float
+) -> list[Any]:
+    tokenizer = Ids(frozen.tokenizer, end)
+    return inference.generate(
+        model, tokenizer, prompts, max_new_tokens=12, temperature=temperature, top_p=0.95, rng=rng
+    )
 
 
 def test_logits_agree_with_peft_to_rounding(frozen: FrozenModel, adapters: list[Adapter]) -> None:
