@@ -16,11 +16,11 @@ formed, share that names the code's topic):
 |                          | cosine | well formed | on topic |
 |--------------------------|--------|-------------|----------|
 | another text of the code | 0.38   | 0.62        | 0.67     |
-| "continue", public start | 0.68   | 0.83        | 0.71     |
-| "rephrase", bare model   | 0.44   | 0.77        | 0.23     |
-| "rephrase", public start | 0.53   | 0.71        | 0.31     |
-| "fill", bare model       | 0.25   | 0.50        | 0.10     |
-| "fill", public start     | 0.27   | 0.62        | 0.10     |
+| "continue", public start | 0.65   | 0.88        | 0.67     |
+| "rephrase", bare model   | 0.39   | 0.71        | 0.21     |
+| "rephrase", public start | 0.51   | 0.58        | 0.35     |
+| "fill", bare model       | 0.17   | 0.69        | 0.06     |
+| "fill", public start     | 0.26   | 0.54        | 0.17     |
 
 So "continue" is the default: nearer than chance, and no worse text. The others are for larger models.
 

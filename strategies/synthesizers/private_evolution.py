@@ -28,9 +28,9 @@ that train and weak ones that only vote. In one run it cannot be had: a site has
 site is asked for the same kind of release. So strong sites run `dp_lora` first; then all of them vote in a second run
 with writer = "runs/<first>/rounds/<last>/merged". Each site's ledger adds both up.
 
-Measured (`benchmarks/evolution.py`: four sites of 300 letters, 96 texts of which 24 stay, SmolLM2-135M and MiniLM):
-after four rounds the nearest kept text to a held-out letter has a mean cosine of 0.467 at epsilon 1, 0.477 without
-noise, and 0.397 where noise drowns the votes.
+Measured (`benchmarks/evolution.py`, one seed: four sites of 300 letters, 96 texts of which 24 stay, SmolLM2-135M and
+MiniLM): after four rounds the nearest kept text to a held-out letter has a mean cosine of 0.467 at epsilon 1, 0.477
+without noise, and 0.397 where noise drowns the votes.
 
 The population outlives the process in `evolution/<round>.jsonl` of the run directory, so filters may drop what they
 like: a text that repeats its own former draft is dropped as a draft and lives on as a parent.
