@@ -231,7 +231,7 @@ def _methods(  # noqa: PLR0911 - a table
         case "dp_lora":
             return train, {"kind": "control_codes", **writes}, {}
         case "dp_lora+kernel":
-            kernel = {"embedder": {"kind": "minilm"}, "dim": 1024, "bandwidth": 0.5}
+            kernel = {"embedder": {"kind": "minilm"}, "dim": 4096, "bandwidth": 1.0}
             density = {"kind": "kernel_density", **kernel, "keep": DRAFTS // codes // 2}
             more = {"client.survey": {"noise_multiplier": 4.0 if cell.epsilon > 1 else 30.0, "kernel": kernel}}
             more["server.filters"] = [*_filters(), density]
@@ -269,7 +269,11 @@ def _methods(  # noqa: PLR0911 - a table
             return learner, _released(cell), {}
         case "epsvec":
             learner = {"kind": "epsvec", "layers": list(LAYERS)}
-            return learner, {"kind": "epsvec", **writes, "layers": list(LAYERS), "num_negatives": 40, "coefficient": 0.6}, {}
+            return (
+                learner,
+                {"kind": "epsvec", **writes, "layers": list(LAYERS), "num_negatives": 40, "coefficient": 0.6},
+                {},
+            )
         case "private_evolution":
             learner = {"kind": "pe_votes", "embedder": {"kind": "minilm"}}
             evolve = {**writes, "kind": "private_evolution", "population": DRAFTS, "keep": DRAFTS // 2}

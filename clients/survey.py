@@ -26,8 +26,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from fl_app.config import Section
-from fl_app.embeddings import AnyEmbedder
-from fl_app.kernel_features import Kernel, kernel_features
+from fl_app.kernel_sum import KernelSumSection
 from fl_app.privacy import gaussian
 from fl_app.types import DpReceipt, Gaussian, VectorRelease
 
@@ -47,25 +46,16 @@ CODES, KERNEL = "codes", "kernel"
 """Names of the two sums."""
 
 
-class KernelSection(Section):
-    """[client.survey.kernel]: the features; the same keys as in the filter `kernel_density`, which reads their sum."""
-
-    embedder: AnyEmbedder
-    dim: Annotated[int, Field(ge=2, le=65_536, multiple_of=2)] = 1024
-    bandwidth: Annotated[float, Field(gt=0, le=1e3)] = 0.5
-    kernel: Kernel = "gaussian"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-
 class SurveySection(Section):
     """[client.survey]. `noise_multiplier` is the noise in rows, of a count when nothing but codes is asked.
 
-    `kernel_share` is the part of a row's squared norm that its kernel features take where both are asked.
+    `kernel` holds the keys of the filter `kernel_density`, which reads the sum. `kernel_share` is the part of a row's
+    squared norm that its kernel features take where both are asked.
     """
 
     noise_multiplier: Annotated[float, Field(ge=0.5, le=1e4)]
     codes: bool = True
-    kernel: KernelSection | None = None
+    kernel: KernelSumSection | None = None
     kernel_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @model_validator(mode="after")
@@ -137,6 +127,6 @@ class Survey:
         asked = self.section.kernel
         if asked is None:
             return {CODES: counts}
-        vectors = asked.embedder.build(bench.model)([row.instruction for row in rows.examples], alone=True)
-        features = kernel_features(vectors, asked.dim, asked.bandwidth, asked.seed, kernel=asked.kernel)
+        embed = asked.embedder.build(bench.model)
+        features = asked.features([row.instruction for row in rows.examples], embed, alone=True)
         return {CODES: counts, KERNEL: features.astype(np.float64).sum(0)}

@@ -14,6 +14,7 @@ from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.journal import Journal
+from fl_app.kernel_sum import KernelSumSection
 from fl_app.seeds import stream
 from strategies.aggregators import AnyAggregator
 from strategies.answering import SLOT
@@ -228,25 +229,22 @@ def _survey(tree: Tree, server: ServerSection, asks: ReleaseSpec) -> dict[str, i
     for one in server.filters:
         if isinstance(one, KernelDensity):
             _check_kernel(one, survey.kernel)
-    kernel = {"kernel": int(survey.kernel.get("dim", 1024))} if survey.kernel is not None else {}
+    kernel = {"kernel": survey.kernel.dim} if survey.kernel is not None else {}
     return ({"codes": len(asks.codes)} if survey.codes else {}) | kernel
 
 
-def _check_kernel(wanted: KernelDensity, kernel: Tree | None) -> None:
+def _check_kernel(wanted: KernelDensity, summed: KernelSumSection | None) -> None:
     """Raise `ConfigInvalid` unless the sites sum the very features that the filter reads."""
-    if kernel is None:
+    if summed is None:
         raise ConfigInvalid(
             "server.filters: kernel_density reads a sum of kernel features that no site is asked for; add "
             "[client.survey.kernel] with the filter's embedder, dim, bandwidth, kernel and seed"
         )
-    read = {"kind": "kernel_density", "keep": 1, **kernel}
-    summed = parse(KernelDensity, read, where="client.survey.kernel")
-    for key in ("embedder", "dim", "bandwidth", "kernel", "seed"):
-        if getattr(summed, key) != getattr(wanted, key):
-            raise ConfigInvalid(
-                f"server.filters: kernel_density.{key} = {getattr(wanted, key)!r}, and client.survey.kernel.{key} = "
-                f"{getattr(summed, key)!r}; the sum means nothing unless both are the same"
-            )
+    if key := wanted.same_sum(summed):
+        raise ConfigInvalid(
+            f"server.filters: kernel_density.{key} = {getattr(wanted, key)!r}, and client.survey.kernel.{key} = "
+            f"{getattr(summed, key)!r}; the sum means nothing unless both are the same"
+        )
 
 
 class _Survey(Section):
@@ -255,7 +253,7 @@ class _Survey(Section):
     model_config = ConfigDict(extra="ignore")
 
     codes: bool = True
-    kernel: Tree | None = None
+    kernel: KernelSumSection | None = None
 
 
 TEXT_BYTES = 4 << 20
