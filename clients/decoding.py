@@ -54,7 +54,8 @@ class DecodingSection(Section):
 
     `expected_units` is how many privacy units a bucket is expected to hold, the public normaliser. `template` holds
     {text} once and {code} anywhere: a prompt is the template around one text. `placeholder` stands for the text in the
-    public prompt where the server sent none of that code. `batch_rows` splits the work and changes no result.
+    public prompt where the server sent none of that code. `batch_rows` splits the work and changes no result. A text is
+    cut at `max_bytes` of UTF-8, or a server that allows no more would refuse all of them.
     """
 
     buckets_per_code: Annotated[int, Field(ge=1, le=100_000)]
@@ -63,6 +64,7 @@ class DecodingSection(Section):
     template: str = "{code}{text}\n\n{code}"
     placeholder: str = "..."
     batch_rows: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_bytes: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
 
     @field_validator("template")
     @classmethod
@@ -173,6 +175,7 @@ class Task:
     max_new_tokens: int
     examples: int
     batch_rows: int
+    max_bytes: int
     asks_public: bool
 
 
@@ -196,12 +199,13 @@ def write_texts(
             texts = _one_example(buckets, wave, pens, task, bench, private, public)
             for place, text in texts.items():
                 written[place].append(text)
-    return tuple(
-        CodedText(code=buckets[place].code, text=text.strip())
-        for place, texts in written.items()
-        for text in texts
-        if text.strip()
-    )
+    cut = [(place, _cut(text, task.max_bytes)) for place, texts in written.items() for text in texts]
+    return tuple(CodedText(code=buckets[place].code, text=text) for place, text in cut if text)
+
+
+def _cut(text: str, most: int) -> str:
+    """Return the text without blanks around it, cut before the character that would not fit."""
+    return text.strip().encode("utf-8", "replace")[:most].decode("utf-8", "ignore").strip()
 
 
 def _one_example(

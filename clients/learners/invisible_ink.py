@@ -115,6 +115,7 @@ class InvisibleInkLearner:
             max_new_tokens=one.max_new_tokens,
             examples=one.texts_per_bucket,
             batch_rows=one.batch_rows,
+            max_bytes=one.max_bytes,
             asks_public=True,
         )
         return TextRelease(texts=write_texts(model, buckets, pens, task, bench, one.placeholder))

@@ -139,6 +139,7 @@ class PrivatePredictionLearner:
             max_new_tokens=one.max_new_tokens,
             examples=one.texts_per_bucket,
             batch_rows=one.batch_rows,
+            max_bytes=one.max_bytes,
             asks_public=one.threshold > 0 or one.public_top > 0,
         )
         return TextRelease(texts=write_texts(model, buckets, pens, task, bench, one.placeholder))

@@ -108,3 +108,46 @@ def test_a_pen_that_divides_by_the_rows_there_are_is_caught(monkeypatch: pytest.
 
     assert attack(lambda: pen(1.0), 1, 0.0, "expected") <= span
     assert attack(lambda: pen(8.0), 1, 0.0, "there are") > span
+
+
+# --- the drafter: whether a token is private is seen as well
+
+AGREES = np.array([[-50.0, 50.0]], np.float32)
+ASKED = np.array([-50.0, 50.0], np.float32)
+"""Public scores that say "1". The record says so too: with it the distance is 0, without any row it is 1."""
+
+
+def first_fires(rows: np.ndarray, seed: str, *, loudness: float = 1.0) -> np.ndarray:
+    """Return, for many fresh runs of the sparse vector with noise 1 and threshold 1, whether the first token fired."""
+    made = section(kind="private_prediction", tokens_per_bucket=1, threshold=1.0, threshold_noise=loudness)
+    noise = SimulatedNoise(stream(0, "drafter", seed))
+    fired = np.empty(TRIALS, bool)
+    for trial in range(TRIALS):
+        pen = private_prediction.Pen(section=made, span=1.0, vocabulary=2, row_weight=1.0)
+        pen.begin(ASKED)
+        pen.add(rows)
+        fired[trial] = pen._disagrees(ASKED, noise)
+    return fired
+
+
+def chance(gap: float, query: float, threshold: float) -> float:
+    """Return P(query * L1 - threshold * L2 >= gap) for Laplace L1 and L2, by integration over L2."""
+    grid = np.linspace(-30, 30, 120_001)
+    return float(np.trapezoid(stats.laplace.pdf(grid) * stats.laplace.sf((gap + threshold * grid) / query), grid))
+
+
+def test_the_sparse_vector_fires_as_often_as_its_noise_says_and_tells_no_more_than_was_paid() -> None:
+    """Threshold noise 1, distance noise 2, sensitivity 1: epsilon 2."""
+    there, gone = first_fires(AGREES, "with"), first_fires(WITHOUT, "without")
+    for fired, gap in ((there, 1.0), (gone, 0.0)):
+        assert stats.binomtest(int(fired.sum()), TRIALS, chance(gap, 2, 1)).pvalue > 1e-4
+    wrong = [chance(1.0, query, threshold) for query, threshold in ((2, 1.3), (2, 1e-6), (1e-6, 1))]
+    assert all(stats.binomtest(int(there.sum()), TRIALS, one).pvalue < 1e-4 for one in wrong)
+    found = max(least_epsilon(gone, there, 0.0), least_epsilon(~there, ~gone, 0.0))
+    assert 0 < found <= pd.threshold_epsilon(1.0, 1.0) == 2
+
+
+def test_a_sparse_vector_with_too_little_noise_is_caught() -> None:
+    """A tenth of the noise that was paid for."""
+    there, gone = (first_fires(rows, f"quiet {len(rows)}", loudness=0.1) for rows in (AGREES, WITHOUT))
+    assert least_epsilon(gone, there, 0.0) > pd.threshold_epsilon(1.0, 1.0)

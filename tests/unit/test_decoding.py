@@ -311,6 +311,7 @@ def written(
         "max_new_tokens": 6,
         "examples": 1,
         "batch_rows": 16,
+        "max_bytes": 99,
         "asks_public": False,
     }
     return write_texts(model, buckets, pens, Task(**{**values, **changes}), there, "...")
@@ -342,6 +343,13 @@ def test_a_text_ends_at_the_limit_or_with_the_budget(model: Any, frozen: FrozenM
     assert [text.text for text in found[:2]] == ["abcdef", "gha"]  # nine tokens: six, and three
     assert len(found) == 4
     assert [pen.drawn for pen in pens] == [9, 9]
+
+
+def test_a_text_is_cut_before_the_character_that_would_not_fit(model: Any, frozen: FrozenModel) -> None:
+    wanted = tokens(frozen, " aä ö")  # bytes: blank, a, two of ä, blank, two of ö
+    for most, expected in ((9, "aä ö"), (5, "aä"), (4, "aä"), (3, "aä"), (2, "a")):
+        found = written(frozen, model, [row("a")], lambda: Fixed(wanted), max_new_tokens=7, max_bytes=most)
+        assert [text.text for text in found] == [expected] * 2
 
 
 def test_empty_texts_are_dropped(model: Any, frozen: FrozenModel) -> None:
