@@ -50,8 +50,8 @@ METHODS: dict[str, tuple[str, str, str | None]] = {
     ),
     "private_prediction": (
         (
-            '{kind="private_prediction", buckets_per_code=1, expected_units=24, tokens_per_bucket=6, texts_per_bucket=2, '
-            "max_new_tokens=4, clip_norm=2.0, temperature=2.0, threshold=0.3}"
+            '{kind="private_prediction", buckets_per_code=1, expected_units=24, tokens_per_bucket=6, '
+            "texts_per_bucket=2, max_new_tokens=4, clip_norm=2.0, temperature=2.0, threshold=0.3}"
         ),
         '{kind="released_texts", codes="", max_texts=4000, learner="private_prediction"}',
         "text",
