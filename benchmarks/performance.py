@@ -36,7 +36,7 @@ def page() -> str:
         "measured by `make bench-step` on two cores of an AMD EPYC (AVX-512, bf16), one torch thread per process.",
         "Ratios of CPU seconds, variants interleaved step by step in one process: median [lowest, highest].",
     ]
-    decoding = _decoding(record.lines("decoding"))
+    decoding = [*_decoding(record.lines("decoding")), *_ending(record.lines("ending"))]
     if not lines:
         return "\n".join([*head, "", "Nothing measured yet.", *decoding]) + "\n"
     found = {part: line for line in lines for part in ("step", "memory", "round") if part in line}
@@ -167,6 +167,23 @@ def _decoding(lines: list[dict[str, Any]]) -> list[str]:
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
         *against,
+    ]
+
+
+def _ending(lines: list[dict[str, Any]]) -> list[str]:
+    if not lines:
+        return []
+    line = lines[-1]
+    same = line["same_texts"]
+    return [
+        "",
+        "## Rows that have ended leave the batch",
+        "",
+        f"{line['rows']} drafts of a run of the demo, {line['mean_new_tokens']:g} tokens long on average of at most",
+        f"{line['max_new_tokens']}, bfloat16. CPU seconds over those of transformers' `generate` with our sampling:",
+        f"our loop {_span(line['over_generate']['loop'])}, and with rows leaving",
+        f"**{_span(line['over_generate']['leaving'])}**. Of {line['texts']} texts {same['loop']} and {same['leaving']}",
+        f"are the same as `generate`'s. `benchmarks/ending.py`, commit {line['commit']}, {line['repeats']} turns.",
     ]
 
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fl_app import inference, lora, models
+from fl_app.config import LoraSection
 from fl_app.origin import ROOT
+from fl_app.seeds import stream
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,3 +59,21 @@ def test_a_run_leaves_a_line_that_becomes_a_section(
     told = importlib.import_module("performance").page()
     assert "## Decoding" in told
     assert f"| {line['commit']} |" in told
+
+
+def test_rows_that_leave_are_measured_on_a_run(bench: Any, tmp_path: Path) -> None:
+    frozen = models.load("tiny-random", "bfloat16")
+    start = lora.initial(lora.spec_of(frozen, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "start"))
+    folder = tmp_path / "rounds" / "1"
+    lora.save_peft(start, folder / "merged", base_name="tiny-random")
+    (tmp_path / "summary.json").write_text(json.dumps({"models": {"local": {"name": "tiny-random"}}}))
+    drafts = [{"origin": {"prompt": f"A letter, number {n}"}} for n in range(6)]
+    (folder / "drafts.jsonl").write_text("".join(json.dumps(draft) + "\n" for draft in drafts))
+    ending, before = importlib.import_module("ending"), inference.SHRINK
+
+    found = ending.measure(tmp_path, 4, 1)
+
+    assert (found["rows"], found["texts"]) == (4, 8)
+    assert found["same_texts"]["loop"] == 8
+    assert set(found["over_generate"]) == {"loop", "leaving"}
+    assert before == inference.SHRINK
