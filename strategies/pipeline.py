@@ -316,7 +316,10 @@ class Pipeline:
     def _screen(
         self, number: int, drafts: Sequence[Draft], folder: Path, seconds: dict[str, float]
     ) -> tuple[tuple[Draft, ...], Mapping[str, str]]:
-        """Pass the drafts through every filter in order; a reason starts with the name of its filter."""
+        """Pass the drafts through every filter in order; a reason starts with the name of its filter.
+
+        What a filter rewrote (`pii` masks names) goes on rewritten, under the id that the draft came with.
+        """
 
         def work() -> Made:
             left = tuple(drafts)
@@ -326,13 +329,21 @@ class Pipeline:
                 for draft, reason in screened.dropped.items():
                     dropped[draft] = reason if reason.startswith(name) else f"{name}: {reason}"
                 left = screened.kept
-            value = {"kept": [draft.id for draft in left], "dropped": dropped}
+            came = {draft.id: draft.instruction for draft in drafts}
+            rewritten = {draft.id: draft.instruction for draft in left if draft.instruction != came[draft.id]}
+            value: dict[str, Any] = {"kept": [draft.id for draft in left], "dropped": dropped}
+            value |= {"rewritten": rewritten} if rewritten else {}
             journal.write_json(folder / "screened.json", value)
             return Made(files=[folder / "screened.json"], value=value)
 
         value = self._phase(number, "filter", seconds, work).value
-        kept = set(value["kept"])
-        return tuple(draft for draft in drafts if draft.id in kept), value["dropped"]
+        kept, rewritten = set(value["kept"]), value.get("rewritten", {})
+        left = (
+            dataclasses.replace(draft, instruction=rewritten.get(draft.id, draft.instruction))
+            for draft in drafts
+            if draft.id in kept
+        )
+        return tuple(left), value["dropped"]
 
     def _distil(
         self, number: int, kept: Sequence[Draft], folder: Path, seconds: dict[str, float]
