@@ -399,6 +399,8 @@ def figures(cell: Cell, run: Path) -> dict[str, Any]:
     kept: list[tuple[str, str]] = []
     written = 0
     for folder in sorted((run / "rounds").iterdir(), key=lambda one: int(one.name)):
+        if not (folder / "drafts.jsonl").is_file():  # round 0: the exam before any round
+            continue
         drafts = _lines(folder / "drafts.jsonl")
         names = set(json.loads((folder / "screened.json").read_text(encoding="utf-8"))["kept"])
         written += len(drafts)
@@ -414,7 +416,7 @@ def figures(cell: Cell, run: Path) -> dict[str, Any]:
         "mauve_ceiling": close.ceiling and close.ceiling.value,
         "seconds": summary["seconds"],
         "bytes": summary["bytes"],
-        "spent": {site: one["spent"] for site, one in summary["sites"].items()},
+        "spent": {site: one["spent"] for site, one in summary["epsilon"].items()},
     }
     if len({code for _, code in kept}) > 1:
         ours = (embed([text for text, _ in kept]), [code for _, code in kept])

@@ -151,7 +151,7 @@ def test_what_is_charged_is_what_was_released(method: str, played: dict[str, Any
         spent = pld.epsilon(told, 1e-5)
         assert 0 < spent <= 8.0
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        assert summary["sites"][site]["spent"] == pytest.approx(spent)
+        assert summary["epsilon"][site]["spent"] == pytest.approx(spent)
 
 
 @pytest.mark.parametrize("method", [name for name, (_, _, kind) in METHODS.items() if kind is None])
