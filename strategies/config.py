@@ -7,22 +7,20 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from fl_app import journal, lora, models, text
 from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.journal import Journal
-from fl_app.kernel_sum import KernelSumSection
 from fl_app.seeds import stream
+from strategies import agreement
 from strategies.aggregators import AnyAggregator
-from strategies.answering import SLOT
 from strategies.checkpoint import Checkpoint
 from strategies.distillers import AnyDistiller
 from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
-from strategies.filters.kernel_density import KernelDensity
 from strategies.lab import Lab
 from strategies.pipeline import Pipeline, Stages
 from strategies.reach import read_cap
@@ -34,7 +32,7 @@ from strategies.tuners import AnyTuner
 if TYPE_CHECKING:
     from fl_app.lora import LoraSpec
     from fl_app.models import FrozenModel
-    from fl_app.types import Adapter, ReleaseKind, ReleaseSpec
+    from fl_app.types import Adapter
     from strategies.reach import UpdateCap
 
 
@@ -85,12 +83,8 @@ def read_server(tree: Tree) -> ServerSection:
     """Return the [server] table of a configuration tree. Raises: ConfigInvalid."""
     server = parse(ServerSection, tree.get("server", {}), where="server")
     _check_voices(server)
-    asked = getattr(server.distiller, "task", SLOT)
-    if asked != SLOT and getattr(server.tuner, "rehearse", 0.0) > 0:
-        raise ConfigInvalid(
-            f"server.tuner.rehearse = {getattr(server.tuner, 'rehearse', 0.0):g} would write the task "
-            "server.distiller.task after control codes, where a draft belongs; write rehearse = 0"
-        )
+    agreement.check(tree, synthesizer=server.synthesizer, filters=server.filters)
+    agreement.check_task(server.distiller, server.tuner)
     return server
 
 
@@ -179,81 +173,17 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
         tree=tree,
         start=_start(shared, spec),
         quorum=server.network.quorum,
-        survey=_survey(tree, server, stages.synthesizer.asks),
+        survey=agreement.survey(tree, stages.synthesizer.asks),
         accept_non_private=server.accept_non_private,
-        cap=_cap(tree, server, stages.synthesizer.asks),
+        cap=_cap(tree, server),
     )
 
 
-RELEASED: dict[str, ReleaseKind] = {
-    "dp_lora": "adapter",
-    "dp_ffa_lora": "adapter",
-    "dp_distil": "adapter",
-    "plain_lora": "adapter",
-    "private_prediction": "text",
-    "invisible_ink": "text",
-    "epsvec": "vector",
-    "pe_votes": "histogram",
-}
-"""What every kind of learner sends. The server cannot import them; a test holds this table to their union."""
-
-
-def _cap(tree: Tree, server: ServerSection, asks: ReleaseSpec) -> UpdateCap | None:
-    """Return the cap on an adapter's update; None for other releases.
-
-    Raises: ConfigInvalid when the sites' learner does not send what the synthesizer writes from.
-    """
-    learner = tree.get("client", {}).get("learner", {})
-    kind = learner.get("kind") if isinstance(learner, dict) else None
-    sent = RELEASED.get(str(kind))
-    if asks.kind is not None and sent is not None and sent != asks.kind:
-        fitting = [name for name, release in RELEASED.items() if release == asks.kind]
-        raise ConfigInvalid(
-            f"client.learner.kind = {kind!r} sends {sent}, server.synthesizer.kind = {server.synthesizer.kind!r} "
-            f"writes from {asks.kind}; learners that send it: {', '.join(fitting)}"
-        )
-    return read_cap(learner, largest=server.max_update_norm) if asks.kind == "adapter" else None
-
-
-def _survey(tree: Tree, server: ServerSection, asks: ReleaseSpec) -> dict[str, int]:
-    """Return the names and lengths of what the sites count and sum once in a run.
-
-    Raises: ConfigInvalid when a method reads a sum that no site is asked for, or made otherwise than it is read.
-    """
-    told = tree.get("client", {}).get("survey")
-    survey = _Survey(codes=False) if told is None else parse(_Survey, told, where="client.survey")
-    if survey.codes and not asks.codes:
-        raise ConfigInvalid("client.survey.codes counts control codes, and server.synthesizer has none; leave it out")
-    if getattr(server.synthesizer, "quota", "") == "survey" and not survey.codes:
-        raise ConfigInvalid('server.synthesizer.quota = "survey" reads counts of codes; add [client.survey]')
-    for one in server.filters:
-        if isinstance(one, KernelDensity):
-            _check_kernel(one, survey.kernel)
-    kernel = {"kernel": survey.kernel.dim} if survey.kernel is not None else {}
-    return ({"codes": len(asks.codes)} if survey.codes else {}) | kernel
-
-
-def _check_kernel(wanted: KernelDensity, summed: KernelSumSection | None) -> None:
-    """Raise `ConfigInvalid` unless the sites sum the very features that the filter reads."""
-    if summed is None:
-        raise ConfigInvalid(
-            "server.filters: kernel_density reads a sum of kernel features that no site is asked for; add "
-            "[client.survey.kernel] with the filter's embedder, dim, bandwidth, kernel and seed"
-        )
-    if key := wanted.same_sum(summed):
-        raise ConfigInvalid(
-            f"server.filters: kernel_density.{key} = {getattr(wanted, key)!r}, and client.survey.kernel.{key} = "
-            f"{getattr(summed, key)!r}; the sum means nothing unless both are the same"
-        )
-
-
-class _Survey(Section):
-    """What the server reads of [client.survey]; the site reads all of it."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    codes: bool = True
-    kernel: KernelSumSection | None = None
+def _cap(tree: Tree, server: ServerSection) -> UpdateCap | None:
+    """Return the cap on an adapter's update; None where sites send something else, or nothing."""
+    if server.synthesizer.writes_from != "adapter":
+        return None
+    return read_cap(tree.get("client", {}).get("learner", {}), largest=server.max_update_norm)
 
 
 TEXT_BYTES = 4 << 20

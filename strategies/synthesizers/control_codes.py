@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fl_app.types import Adapter, ControlCode, Draft
+    from fl_app.types import Adapter, ControlCode, Draft, ReleaseKind
     from strategies.lab import Lab
     from strategies.stages import Synthesizer, Voices
 
@@ -49,6 +49,7 @@ class ControlCodes(SamplingSection):
     With fewer `drafts` than sites under voices = "each_site", the last sites by name write none.
     """
 
+    writes_from: ClassVar[ReleaseKind | None] = "adapter"
     kind: Literal["control_codes"]
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]

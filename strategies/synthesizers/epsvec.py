@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -35,7 +35,7 @@ from fl_app import steering
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, NotFinite, RoundFailed
 from fl_app.seeds import stream
-from fl_app.types import CodedText, Material, Origin, ReleaseSpec, VectorRelease
+from fl_app.types import CodedText, Material, Origin, ReleaseKind, ReleaseSpec, VectorRelease
 from strategies.coded import draft, read_coded_texts, read_codes
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class EpsVec(Section):
     `quota` shares the drafts out: evenly, or as the sites' noised counts say.
     """
 
+    writes_from: ClassVar[ReleaseKind | None] = "vector"
     kind: Literal["epsvec"]
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]

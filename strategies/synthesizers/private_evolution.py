@@ -44,7 +44,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from fl_app.types import Adapter, ControlCode, Draft
+    from fl_app.types import Adapter, ControlCode, Draft, ReleaseKind
     from strategies.lab import Lab, TextModel
     from strategies.stages import Synthesizer, Voices
 
@@ -89,6 +89,7 @@ class PrivateEvolution(SamplingSection):
     counts below `threshold`, in the units of the sum, count as 0 when texts are chosen.
     """
 
+    writes_from: ClassVar[ReleaseKind | None] = "histogram"
     kind: Literal["private_evolution"]
     codes: str
     population: Annotated[int, Field(ge=2, le=100_000)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fl_app.types import Adapter, ControlCode, Draft
+    from fl_app.types import Adapter, ControlCode, Draft, ReleaseKind
     from strategies.lab import Lab
     from strategies.stages import Synthesizer, Voices
 
@@ -35,6 +35,7 @@ class PublicOnly(SamplingSection):
     by the same model. Empty: the target writes, which begins as the start and learns its own filtered text.
     """
 
+    writes_from: ClassVar[ReleaseKind | None] = None
     kind: Literal["public_only"]
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]

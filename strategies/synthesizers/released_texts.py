@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
-from fl_app.types import CodedText, Draft, Material, Origin, ReleaseSpec, TextRelease
+from fl_app.types import CodedText, Draft, Material, Origin, ReleaseKind, ReleaseSpec, TextRelease
 from strategies.coded import draft, read_coded_texts, read_codes
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class ReleasedTexts(Section):
     many of a code are sent; with `recycle` kept drafts of former rounds take their place as soon as there are any.
     """
 
+    writes_from: ClassVar[ReleaseKind | None] = "text"
     kind: Literal["released_texts"]
     codes: str
     max_texts: Annotated[int, Field(ge=1, le=1_000_000)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from fl_app.types import Adapter, ControlCode, Draft
+    from fl_app.types import Adapter, ControlCode, Draft, ReleaseKind
     from strategies.lab import Lab
     from strategies.stages import Synthesizer, Voices
 
@@ -42,6 +42,7 @@ class ZeroShot(SamplingSection):
     `template` holds {code} once, where the code's text goes. `shots` are public examples, the same in every prompt.
     """
 
+    writes_from: ClassVar[ReleaseKind | None] = None
     kind: Literal["zero_shot"]
     codes: str
     drafts: Annotated[int, Field(ge=1, le=1_000_000)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fl_app import releases
+from fl_app.errors import RoundFailed
 from fl_app.journal import read_lines
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.events import receipt_from_dict
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 SMOKE = "configs/smoke.toml"
 SMALL = (
+    'model.dtype="float32"',  # in bfloat16 the decoders ask for 2^18 equal numbers, slow where a vocabulary is tiny
     'simulation.partition={kind="iid", sites=2}',
     "simulation.max_rows_per_site=24",
     "simulation.policy.min_noise_multiplier=0.3",
@@ -50,14 +52,14 @@ METHODS: dict[str, tuple[str, str, str | None]] = {
     ),
     "private_prediction": (
         (
-            '{kind="private_prediction", buckets_per_code=1, expected_units=24, tokens_per_bucket=6, '
+            '{kind="private_prediction", buckets_per_code=1, expected_units=24, tokens_per_bucket=6, batch_rows=8, '
             "texts_per_bucket=2, max_new_tokens=4, clip_norm=2.0, temperature=2.0, threshold=0.3}"
         ),
         '{kind="released_texts", codes="", max_texts=4000, learner="private_prediction"}',
         "text",
     ),
     "invisible_ink": (
-        '{kind="invisible_ink", buckets_per_code=1, expected_units=4, max_new_tokens=4, top_k=20}',
+        '{kind="invisible_ink", buckets_per_code=1, expected_units=4, max_new_tokens=4, top_k=20, batch_rows=8}',
         '{kind="released_texts", codes="", max_texts=4000, learner="invisible_ink"}',
         "text",
     ),
@@ -138,7 +140,7 @@ def test_what_is_charged_is_what_was_released(method: str, played: dict[str, Any
     """Ledger, receipts of the server and the report's figure agree, and nothing is free."""
     _, run, sites, _ = played[method]
     for site in ("site-0", "site-1"):
-        book = peek(sites / site / "ledger" / "ledger.jsonl")
+        book = peek(sites / site[-1] / "ledger" / "ledger.jsonl")
         assert book is not None
         assert len(book.reserved) == 2
         told = []
@@ -158,7 +160,7 @@ def test_what_is_charged_is_what_was_released(method: str, played: dict[str, Any
 def test_the_floors_ask_no_site_and_cost_nothing(method: str, played: dict[str, Any]) -> None:
     _, run, sites, _ = played[method]
     for site in ("site-0", "site-1"):
-        book = peek(sites / site / "ledger" / "ledger.jsonl")
+        book = peek(sites / site[-1] / "ledger" / "ledger.jsonl")
         assert book is None or not book.reserved
         assert not (run / "rounds" / "1" / "releases" / site).exists()
 
@@ -173,8 +175,8 @@ def test_a_policy_without_its_kind_refuses_it(method: str, workplace: Path) -> N
     assert code == 1
     assert "policy" in said
     for site in ("site-0", "site-1"):
-        assert f"release kind {kind!r} is not allowed" in (sites / site / "site.log").read_text(encoding="utf-8")
-        book = peek(sites / site / "ledger" / "ledger.jsonl")
+        assert f"release kind {kind!r} is not allowed" in (sites / site[-1] / "site.log").read_text(encoding="utf-8")
+        book = peek(sites / site[-1] / "ledger" / "ledger.jsonl")
         assert book is None or not book.reserved
     assert not (run / "rounds" / "1" / "drafts.jsonl").exists()
 
@@ -190,14 +192,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_drafts(
 
     def dies(self: Pipeline, number: int, *rest: Any) -> Any:
         if number == 2:
-            raise KeyboardInterrupt
+            raise RoundFailed("stopped here")
         return synthesise(self, number, *rest)
 
     name = f"resumed-{method}"
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "_synthesise", dies)
-        with contextlib.suppress(KeyboardInterrupt):
-            play(workplace, name, method)
+        assert play(workplace, name, method)[0] == 1
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         assert launch.main(["--resume", str(workplace / "runs" / name)]) == 0, out.getvalue()
@@ -212,7 +213,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_drafts(
         ]
         assert texts[0] == texts[1]
     if METHODS[method][2]:
-        book = peek(workplace / "build" / "sites" / name / "site-0" / "ledger" / "ledger.jsonl")
+        book = peek(workplace / "build" / "sites" / name / "0" / "ledger" / "ledger.jsonl")
         assert book is not None
         assert len(book.reserved) == 2
 
@@ -223,7 +224,7 @@ def test_a_learner_that_sends_something_else_is_refused_before_anything_is_asked
     assert code == 2
     assert "'epsvec' sends vector, server.synthesizer.kind = 'control_codes' writes from adapter" in said
     assert "dp_lora" in said
-    assert not (sites / "site-0" / "ledger").exists()
+    assert not (sites / "0" / "ledger").exists()
 
 
 SURVEY = (
@@ -242,7 +243,7 @@ def test_a_survey_is_charged_once_and_steers_quota_and_selection(workplace: Path
         assert second is None
         assert {name: len(one) for name, one in first.vectors.items()} == {"codes": 3, "kernel": 64}
         assert abs(first.vectors["codes"].sum() - 24) < 6 * 2.0 * (2 * 3) ** 0.5
-        book = peek(sites / site / "ledger" / "ledger.jsonl")
+        book = peek(sites / site[-1] / "ledger" / "ledger.jsonl")
         assert book is not None
         assert [len(entry.receipts) for entry in book.reserved] == [2, 1]
         assert book.plan is not None
@@ -267,7 +268,7 @@ def test_a_second_survey_needs_a_filter_over_the_whole_ledger(workplace: Path) -
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         code = launch.main([*words, *(word for item in overrides for word in ("--override", item))])
     assert code == 1
-    assert "holds 1 x gaussian with noise_multiplier 2" in (sites / "site-0" / "site.log").read_text(encoding="utf-8")
+    assert "holds 1 x gaussian with noise_multiplier 2" in (sites / "0" / "site.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -289,4 +290,4 @@ def test_a_survey_that_the_policy_does_not_allow_is_refused(workplace: Path) -> 
         workplace, "no-survey", "dp_lora", *SURVEY, 'simulation.policy.release_kinds=["adapter", "vector"]'
     )
     assert code == 1
-    assert "release kind 'histogram' is not allowed" in (sites / "site-0" / "site.log").read_text(encoding="utf-8")
+    assert "release kind 'histogram' is not allowed" in (sites / "0" / "site.log").read_text(encoding="utf-8")

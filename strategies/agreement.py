@@ -1,0 +1,116 @@
+"""What the two sides of one configuration must agree on, read by the server before anything is asked of a site.
+
+What a synthesizer writes from must be what the sites' learner sends; layers that are measured must be those that are
+pushed; a sum that is read must be one that is made, of the same features. Each of these would otherwise be found out in
+a round, at a site, or never.
+
+Out of scope: what a site's policy allows (`clients.gate`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict
+
+from fl_app.config import Section, parse
+from fl_app.errors import ConfigInvalid
+from fl_app.kernel_sum import KernelSumSection
+from strategies.answering import SLOT
+from strategies.filters.kernel_density import KernelDensity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fl_app.config import Tree
+    from fl_app.types import ReleaseKind, ReleaseSpec
+
+RELEASED: dict[str, ReleaseKind] = {
+    "dp_lora": "adapter",
+    "dp_ffa_lora": "adapter",
+    "dp_distil": "adapter",
+    "plain_lora": "adapter",
+    "private_prediction": "text",
+    "invisible_ink": "text",
+    "epsvec": "vector",
+    "pe_votes": "histogram",
+}
+"""What every kind of learner sends. The server cannot import them; a test holds this table to their union."""
+
+
+class _Survey(Section):
+    """What the server reads of [client.survey]; the site reads all of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    codes: bool = True
+    kernel: KernelSumSection | None = None
+
+
+def check(tree: Tree, *, synthesizer: Any, filters: Sequence[Any]) -> None:
+    """Raise `ConfigInvalid` unless [client] makes what [server] reads."""
+    client = tree.get("client")
+    learner = client.get("learner") if isinstance(client, dict) else None
+    if isinstance(learner, dict):
+        _check_release(learner, synthesizer)
+    survey = _read_survey(tree)
+    if getattr(synthesizer, "quota", "") == "survey" and not survey.codes:
+        raise ConfigInvalid('server.synthesizer.quota = "survey" reads counts of codes; add [client.survey]')
+    for one in filters:
+        if isinstance(one, KernelDensity):
+            _check_kernel(one, survey.kernel)
+
+
+def check_task(distiller: Any, tuner: Any) -> None:
+    """Raise `ConfigInvalid` when a target would learn to write a task where it should write a draft."""
+    rehearse: float = getattr(tuner, "rehearse", 0.0)
+    if getattr(distiller, "task", SLOT) != SLOT and rehearse > 0:
+        raise ConfigInvalid(
+            f"server.tuner.rehearse = {rehearse:g} would write the task server.distiller.task after control codes, "
+            "where a draft belongs; write rehearse = 0"
+        )
+
+
+def survey(tree: Tree, asks: ReleaseSpec) -> dict[str, int]:
+    """Return the names and lengths of what the sites count and sum once in a run. Raises: ConfigInvalid."""
+    told = _read_survey(tree)
+    if told.codes and not asks.codes:
+        raise ConfigInvalid("client.survey.codes counts control codes, and server.synthesizer has none; leave it out")
+    kernel = {"kernel": told.kernel.dim} if told.kernel is not None else {}
+    return ({"codes": len(asks.codes)} if told.codes else {}) | kernel
+
+
+def _read_survey(tree: Tree) -> _Survey:
+    client = tree.get("client")
+    told = client.get("survey") if isinstance(client, dict) else None
+    return _Survey(codes=False) if told is None else parse(_Survey, told, where="client.survey")
+
+
+def _check_release(learner: Tree, synthesizer: Any) -> None:
+    kind, wanted = learner.get("kind"), synthesizer.writes_from
+    sent = RELEASED.get(str(kind))
+    if wanted is not None and sent is not None and sent != wanted:
+        fitting = [name for name, release in RELEASED.items() if release == wanted]
+        raise ConfigInvalid(
+            f"client.learner.kind = {kind!r} sends {sent}, server.synthesizer.kind = {synthesizer.kind!r} writes from "
+            f"{wanted}; learners that send it: {', '.join(fitting)}"
+        )
+    if synthesizer.kind == "epsvec" and list(learner.get("layers", ())) != list(synthesizer.layers):
+        raise ConfigInvalid(
+            f"client.learner.layers = {learner.get('layers')} are measured, and server.synthesizer.layers = "
+            f"{list(synthesizer.layers)} are pushed; write the same layers in both"
+        )
+
+
+def _check_kernel(wanted: KernelDensity, summed: KernelSumSection | None) -> None:
+    """Raise `ConfigInvalid` unless the sites sum the very features that the filter reads."""
+    if summed is None:
+        raise ConfigInvalid(
+            "server.filters: kernel_density reads a sum of kernel features that no site is asked for; add "
+            "[client.survey.kernel] with the filter's embedder, dim, bandwidth, kernel and seed"
+        )
+    if key := wanted.same_sum(summed):
+        raise ConfigInvalid(
+            f"server.filters: kernel_density.{key} = {getattr(wanted, key)!r}, and client.survey.kernel.{key} = "
+            f"{getattr(summed, key)!r}; the sum means nothing unless both are the same"
+        )
