@@ -128,5 +128,6 @@ class Survey:
         if asked is None:
             return {CODES: counts}
         embed = asked.embedder.build(bench.model)
-        features = asked.features([row.instruction for row in rows.examples], embed, alone=True)
-        return {CODES: counts, KERNEL: features.astype(np.float64).sum(0)}
+        features = asked.features([row.instruction for row in rows.examples], embed, alone=True).astype(np.float64)
+        features /= np.maximum(1.0, np.linalg.norm(features, axis=1, keepdims=True))  # 1 but for float32
+        return {CODES: counts, KERNEL: features.sum(0)}

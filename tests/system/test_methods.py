@@ -262,7 +262,7 @@ def test_a_second_survey_needs_a_filter_over_the_whole_ledger(workplace: Path) -
         f"server.synthesizer={synthesizer}",
         *SURVEY,
         "run.rounds=1",
-        "run.seed=9",
+        "server.tuner.epochs=2",
     )
     words = ["--config", SMOKE, "--run", "survey-2", "--sites", str(sites)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

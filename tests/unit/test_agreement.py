@@ -1,0 +1,82 @@
+"""What the two sides of a configuration must agree on: the tables here, and the configurations that do not fit."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from clients.learners import AnyLearner
+from fl_app.config import parse
+from fl_app.errors import ConfigInvalid
+from fl_app.types import ReleaseSpec
+from strategies import agreement
+from strategies.distillers.professional import Professional
+from strategies.synthesizers import AnySynthesizer
+from strategies.synthesizers.control_codes import ControlCodes
+from strategies.synthesizers.epsvec import EpsVec
+from strategies.tuners.sft import Sft
+
+MINIMAL: dict[str, dict[str, Any]] = {
+    "private_prediction": {"buckets_per_code": 1, "expected_units": 4.0, "tokens_per_bucket": 8},
+    "invisible_ink": {"buckets_per_code": 1, "expected_units": 4.0},
+    "epsvec": {"layers": [0]},
+    "pe_votes": {"embedder": {"kind": "local"}},
+}
+CODES = {"kind": "control_codes", "codes": "codes.jsonl", "drafts": 4}
+STEER = {"kind": "epsvec", "codes": "codes.jsonl", "drafts": 4, "layers": [1, 2]}
+
+
+def members(union: Any) -> list[Any]:
+    return list(get_args(get_args(union)[0]))
+
+
+def kind_of(section: Any) -> str:
+    return get_args(section.model_fields["kind"].annotation)[0]
+
+
+def test_the_table_says_what_every_learner_sends() -> None:
+    found = {}
+    for section in members(AnyLearner):
+        kind = kind_of(section)
+        found[kind] = section(kind=kind, **MINIMAL.get(kind, {"steps": 1})).build().release_kind
+    assert found == agreement.RELEASED
+
+
+def test_every_synthesizer_says_what_it_writes_from_and_somebody_sends_it() -> None:
+    wanted = {kind_of(section): section.writes_from for section in members(AnySynthesizer)}
+    assert {kind for kind, release in wanted.items() if release is None} == {"public_only", "zero_shot"}
+    assert {release for release in wanted.values() if release} == set(agreement.RELEASED.values())
+
+
+def test_layers_that_are_measured_are_those_that_are_pushed() -> None:
+    steer = parse(EpsVec, STEER)
+    agreement.check({"client": {"learner": {"kind": "epsvec", "layers": [1, 2]}}}, synthesizer=steer, filters=[])
+    for layers in ([2, 1], [1], None):
+        learner = {"kind": "epsvec"} | ({"layers": layers} if layers else {})
+        with pytest.raises(ConfigInvalid, match=r"server\.synthesizer\.layers = \[1, 2\] are pushed"):
+            agreement.check({"client": {"learner": learner}}, synthesizer=steer, filters=[])
+
+
+def test_an_unknown_learner_is_left_to_its_own_table() -> None:
+    agreement.check({"client": {"learner": {"kind": "dp_lorra"}}}, synthesizer=parse(ControlCodes, CODES), filters=[])
+    agreement.check({}, synthesizer=parse(ControlCodes, CODES), filters=[])
+
+
+def test_a_survey_has_the_lengths_of_codes_and_features() -> None:
+    asks = ReleaseSpec(codes=frozenset("abc"))
+    kernel = {"embedder": {"kind": "local"}, "dim": 64}
+    assert agreement.survey({}, asks) == {}
+    assert agreement.survey({"client": {"survey": {"noise_multiplier": 2.0}}}, asks) == {"codes": 3}
+    assert agreement.survey({"client": {"survey": {"kernel": kernel}}}, asks) == {"codes": 3, "kernel": 64}
+    assert agreement.survey({"client": {"survey": {"codes": False, "kernel": kernel}}}, asks) == {"kernel": 64}
+    with pytest.raises(ConfigInvalid, match=r"counts control codes, and server\.synthesizer has none"):
+        agreement.survey({"client": {"survey": {}}}, ReleaseSpec(kind=None))
+
+
+def test_a_task_is_not_rehearsed_as_a_draft() -> None:
+    asked = Professional(kind="professional", task="Sum up: {text}")
+    agreement.check_task(asked, Sft(kind="sft"))
+    agreement.check_task(Professional(kind="professional"), Sft(kind="sft", rehearse=0.5))
+    with pytest.raises(ConfigInvalid, match=r"server\.tuner\.rehearse = 0\.5 would write the task"):
+        agreement.check_task(asked, Sft(kind="sft", rehearse=0.5))
