@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     Cell = Callable[["Bench", int], dict[str, Any]]
 
 DATA = record.ROOT.parent / "shared" / "data"
-PREFIX = "News:"
 SETTING: dict[str, Any] = {
+    "prefix": "News:",
     "teacher": "smollm2-135m-instruct",
     "blocks": [0, 1, 2, 3, 4, 5, 20, 27, 28, 29],
     "heal": {"texts": 1200, "max_tokens": 40, "batch": 16, "learning_rate": 1e-3},
@@ -80,6 +80,7 @@ SETTING: dict[str, Any] = {
     "soft_weight": 0.4,
     "window": 128,
 }
+PREFIX: str = SETTING["prefix"]
 
 
 def sliding_perplexity(model: Any, ids: Sequence[int], *, window: int, stride: int) -> float:
