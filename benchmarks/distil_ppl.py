@@ -13,7 +13,7 @@ Every private learner moves LoRA factors under the same steps, rate and clip; ep
 
 Perplexity twice: over the test headlines joined by blank lines in windows of 128, as DistilDP's script does, and over
 single headlines after the prefix that learners see. Not the paper's models or corpora: the order is what is compared.
-A finished cell is a line of `cells.jsonl` in the work directory and is not computed again.
+Finished cells stand in `cells.jsonl` of the work directory and are not computed again; healing is not in their time.
 
 Source: DistilDP (2403.00932) and DP-OPD (2604.04461), tables at epsilon 2; sliding windows as in transformers' guide.
 """
@@ -84,9 +84,9 @@ PREFIX: str = SETTING["prefix"]
 
 
 def sliding_perplexity(model: Any, ids: Sequence[int], *, window: int, stride: int) -> float:
-    """Return exp of the mean loss over all tokens but the first, each seen after at least window - stride tokens.
+    """Return exp of the mean loss over all tokens but the first: the sliding evaluation of transformers' guide.
 
-    Equal to the sliding evaluation of transformers' guide on perplexity of fixed-length models.
+    Where windows overlap every token counts once; with stride = window, as here, the first of each does not count.
     """
     total, count, told = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
@@ -132,16 +132,11 @@ class Bench:
     """Models, texts and adapters of the comparison, in one work directory."""
 
     def __init__(self, work: Path, data: Path) -> None:
-        self.work = work
+        self.work, self.student_path = work, work / "student"
         self.texts = read_texts(data)
         self.teacher = models.load(SETTING["teacher"], "bfloat16")
         self._make_student()
         self.student = models.load(str(self.student_path), "bfloat16")
-
-    @property
-    def student_path(self) -> Path:
-        """Return the folder of the healed student."""
-        return self.work / "student"
 
     def start(self, which: str, frozen: FrozenModel, seed: int) -> Adapter:
         """Return a fresh adapter of the student or the teacher."""
