@@ -13,7 +13,7 @@ Every private learner moves LoRA factors under the same steps, rate and clip; ep
 
 Perplexity twice: over the test headlines joined by blank lines in windows of 128, as DistilDP's script does, and over
 single headlines after the prefix that learners see. Not the paper's models or corpora: the order is what is compared.
-A finished cell is a line of `cells.jsonl` in the work directory and is not computed again.
+Finished cells stand in `cells.jsonl` of the work directory and are not computed again; healing is not in their time.
 
 Source: DistilDP (2403.00932) and DP-OPD (2604.04461), tables at epsilon 2; sliding windows as in transformers' guide.
 """
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     Cell = Callable[["Bench", int], dict[str, Any]]
 
 DATA = record.ROOT.parent / "shared" / "data"
-PREFIX = "News:"
 SETTING: dict[str, Any] = {
+    "prefix": "News:",
     "teacher": "smollm2-135m-instruct",
     "blocks": [0, 1, 2, 3, 4, 5, 20, 27, 28, 29],
     "heal": {"texts": 1200, "max_tokens": 40, "batch": 16, "learning_rate": 1e-3},
@@ -80,12 +80,13 @@ SETTING: dict[str, Any] = {
     "soft_weight": 0.4,
     "window": 128,
 }
+PREFIX: str = SETTING["prefix"]
 
 
 def sliding_perplexity(model: Any, ids: Sequence[int], *, window: int, stride: int) -> float:
-    """Return exp of the mean loss over all tokens but the first, each seen after at least window - stride tokens.
+    """Return exp of the mean loss over all tokens but the first: the sliding evaluation of transformers' guide.
 
-    Equal to the sliding evaluation of transformers' guide on perplexity of fixed-length models.
+    Where windows overlap every token counts once; with stride = window, as here, the first of each does not count.
     """
     total, count, told = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
@@ -131,16 +132,11 @@ class Bench:
     """Models, texts and adapters of the comparison, in one work directory."""
 
     def __init__(self, work: Path, data: Path) -> None:
-        self.work = work
+        self.work, self.student_path = work, work / "student"
         self.texts = read_texts(data)
         self.teacher = models.load(SETTING["teacher"], "bfloat16")
         self._make_student()
         self.student = models.load(str(self.student_path), "bfloat16")
-
-    @property
-    def student_path(self) -> Path:
-        """Return the folder of the healed student."""
-        return self.work / "student"
 
     def start(self, which: str, frozen: FrozenModel, seed: int) -> Adapter:
         """Return a fresh adapter of the student or the teacher."""

@@ -26,7 +26,7 @@ from fl_app.types import AdapterRelease, Broadcast, Lesson, LoraFactors, Refusal
 from strategies.exam import Exam, ExamItem
 from strategies.lab import Lab
 from strategies.tuners.sft import Sft
-from strategies.tuning import SKIPPABLE
+from strategies.tuning import SKIPPABLE, Tuning
 from tests.conftest import ROWS
 
 if TYPE_CHECKING:
@@ -231,14 +231,14 @@ STEPS = 20
 def gradients_that_fail(patch: pytest.MonkeyPatch, lab: Lab, value: float, at: Callable[[int], bool]) -> Any:
     """Return a tuner whose n-th gradient is `value` where `at(n)`."""
     tuner: Any = TUNER.build(lab)
-    plain, calls = type(tuner)._gradients, []
+    plain, calls = Tuning._gradients, []
 
     def gradients(self: Any, *arguments: Any) -> Any:
         calls.append(1)
         found = plain(self, *arguments)
         return [gradient * value for gradient in found] if at(len(calls)) else found
 
-    patch.setattr(type(tuner), "_gradients", gradients)
+    patch.setattr(Tuning, "_gradients", gradients)
     return tuner
 
 
