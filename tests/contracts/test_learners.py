@@ -129,7 +129,8 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 def test_every_learner_is_tested_here() -> None:
     union = get_args(get_args(AnyLearner)[0])
-    elsewhere = {"epsvec"}  # no steps and no start: tests/privacy/test_epsvec.py
+    # Without steps: tests/privacy/test_epsvec.py and test_votes.py, tests/contracts/test_writing_learners.py.
+    elsewhere = {"epsvec", "pe_votes", "private_prediction", "invisible_ink"}
     kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in union}
     assert kinds == {*SETTINGS, "plain_lora", *elsewhere}
 

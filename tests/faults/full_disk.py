@@ -46,6 +46,7 @@ from simulations.local_grid import LocalGrid
 from strategies.config import build_pipeline, read_server
 from strategies.knowledge import Knowledge
 from tests.conftest import POLICY, ROWS
+from tests.faults.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -236,7 +237,7 @@ def serve(directory: Path, run_config: Any) -> None:
     pipeline = build_pipeline(tree, shared(tree), server, run="run-a")
     still = _Stages(_other(pipeline.start, 9))
     pipeline.stages = dataclasses.replace(
-        pipeline.stages, synthesizer=still.synthesise, filters=(), distiller=still.distil, tuner=still.tune
+        pipeline.stages, synthesizer=Writer(still.synthesise), filters=(), distiller=still.distil, tuner=still.tune
     )
     grid = LocalGrid(client_app.app, nodes=2, run_config=run_config)
     answer = grid._answer

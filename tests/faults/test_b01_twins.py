@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fl_app import lora, wire, wire_arrays
 from fl_app.lora import LoraSpec
-from fl_app.types import Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Refusal, Upload
+from fl_app.types import Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Refusal, ReleaseSpec, Upload
 from simulations import launch
 from strategies.knowledge import Knowledge
 from strategies.reach import norm, read_cap
@@ -245,7 +245,7 @@ FACTORS = [*lora.factor_shapes(SPEC)]
 
 def judged(content: RecordDict) -> Upload | Refusal | Rejection:
     """Return what the server makes of a reply of the inn, by the functions that a round calls."""
-    server: Any = SimpleNamespace(pipeline=SimpleNamespace(spec=SPEC))
+    server: Any = SimpleNamespace(pipeline=SimpleNamespace(spec=SPEC, asked=ReleaseSpec(), bins=lambda _number: ()))
     message: Any = SimpleNamespace(content=content, has_error=lambda: False)
     found = Knowledge._read(server, "inn", 1, message)
     if not isinstance(found, Upload):

@@ -49,6 +49,7 @@ from strategies.exam import Exam
 from strategies.knowledge import Knowledge
 from strategies.pipeline import Pipeline, Stages
 from strategies.spending import Spending
+from tests.faults.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -237,7 +238,7 @@ def _knowledge(directory: Path, quorum: float, rounds: int = ROUNDS) -> Knowledg
         lab=cast("Any", lab),
         stages=Stages(
             aggregator=mean_factors,
-            synthesizer=_synthesise,
+            synthesizer=Writer(_synthesise),
             filters=(),
             distiller=_distil,
             tuner=_tune,

@@ -27,6 +27,7 @@ from simulations import launch
 from simulations.local_grid import LocalGrid
 from strategies.config import build_pipeline, read_server
 from strategies.knowledge import Knowledge
+from tests.faults.writer import Writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,7 +121,7 @@ def soak(name: str, rounds: int, *more: str, still: bool, every: int) -> Watch:
     if still:
         stages = Still()
         pipeline.stages = dataclasses.replace(
-            pipeline.stages, synthesizer=stages.synthesise, distiller=stages.distil, tuner=stages.tune
+            pipeline.stages, synthesizer=Writer(stages.synthesise), distiller=stages.distil, tuner=stages.tune
         )
     watch = Watch(directory=prepared.directory)
     event = pipeline.journal.event

@@ -112,7 +112,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         "model": (models, "load"),
         "learner": (DpAdapterLearner, "__call__"),
         "noise": (local_round, "_noise"),
-        "calibration": (spending, "noise_multiplier"),
+        "calibration": (spending, "least_noise"),
     }
     for name in names:
         monkeypatch.setattr(*places[name], fail)

@@ -98,7 +98,7 @@ def test_another_run_or_configuration(run: str) -> None:
     ids=["vector", "histogram"],
 )
 def test_another_kind_of_release(release: Any) -> None:
-    assert _rule(_upload(release=release)) == f"kind: {release.kind} where an adapter is asked"
+    assert _rule(_upload(release=release)) == f"kind: {release.kind} where adapter is asked"
 
 
 # --- the adapter

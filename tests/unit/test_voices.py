@@ -38,13 +38,17 @@ def _upload(site: str, release: Any = None) -> Upload:
 def test_the_releases_that_were_used_have_a_voice() -> None:
     merged = Merged(adapter=ADAPTER, used=("abbey", "delta"), rejected={"cliff": "krum"})
     vector = VectorRelease(vectors={"l": np.zeros(2, np.float32)})
-    uploads = [_upload("delta"), _upload("cliff"), _upload("abbey"), _upload("abbey", vector)]
+    uploads = [_upload("delta"), _upload("cliff"), _upload("abbey")]
 
     voices = Voices.of(merged, uploads)
 
     assert list(voices.by_site) == ["abbey", "delta"]
     assert voices.merged is merged.adapter
     assert all(adapter is ADAPTER for adapter in voices.by_site.values())
+    assert list(voices.releases) == ["abbey", "delta"]
+    others = Voices.of(merged, [_upload("delta", vector), _upload("abbey", vector)])
+    assert not others.by_site
+    assert list(others.releases) == ["abbey", "delta"]
 
 
 def test_no_single_release_has_a_voice_where_the_merged_adapter_is_private() -> None:

@@ -61,7 +61,7 @@ def test_the_largest_honest_upload_is_far_below_the_limits() -> None:
 
     assert isinstance(found, Upload)
     assert found.receipts == upload.receipts
-    beside = sum(len(name) + wire._beside(record) for name, record in content.items())
+    beside = sum(len(name) + wire_arrays._beside(record) for name, record in content.items())
     assert beside < (wire_arrays.MANIFEST_BYTES + wire_arrays.PER_ARRAY_BYTES * 2 * len(shapes)) / 3
     assert len(str(content["upload"]["receipts"])) < wire.MAX_RECEIPTS_TEXT / 4
 
