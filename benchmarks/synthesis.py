@@ -15,7 +15,8 @@ with `--minutes` no cell begins after that time. When nothing is left to begin, 
 
 The floors (`public_only`, `zero_shot`) spend nothing and run once per corpus and seed. Nothing private warms up the
 start: W_loc is the package's model, and no public text of the private kind is used. Sizes are chosen so that a
-cell takes minutes on a CPU, which bears hardest on the decoders, whose cost is references x tokens.
+cell takes minutes on a CPU, which bears hardest on the decoders: their cost is references x tokens, so they write few
+texts.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def _methods(  # noqa: PLR0911 - a table
             more["server.filters"] = [*_filters(), density]
             return train, {"kind": "control_codes", **writes, "quota": "survey"}, more
         case "invisible_ink":
-            per_code, each = (30, 2) if many else (6, 10)
+            per_code, each = (30, 1) if many else (6, 2)
             learner = {
                 "kind": "invisible_ink",
                 "buckets_per_code": per_code,
@@ -247,14 +248,10 @@ def _methods(  # noqa: PLR0911 - a table
             }
             return learner, _released(cell), {}
         case "private_prediction":
-            per_code = (30 if cell.epsilon > 1 else 4) if many else 1
+            per_code = {(True, 8.0): 30, (True, 1.0): 4, (False, 8.0): 3, (False, 1.0): 1}[many, cell.epsilon]
             units = rows / per_code / codes
             count = most_draws(2 * 10.0 / (units * 2.0), cell.epsilon)
-            each = (
-                max(1, min(math.ceil(count / tokens), 86_000 // (rows * tokens) or 1))
-                if many
-                else max(1, min(math.ceil(count / tokens), 12))
-            )
+            each = max(1, min(math.ceil(count / tokens), 2))
             learner = {
                 "kind": "private_prediction",
                 "buckets_per_code": per_code,
