@@ -15,6 +15,7 @@ put on before the clock runs, as in a round.
     own_one       plain, one adapter for all rows by our layers
     per_row       plain, an adapter of its own for every row
     peft_mixed    PEFT's mixed batch (`adapter_names`), the same adapters
+    steered       our sampling, each row pushed along its own direction after one block
     one_by_one    one adapter after another, each with its own rows as a batch
 
 A decoder is a line in `DECODERS`: name -> function of a `Bench` that returns what is to be timed. The last line is one
@@ -34,7 +35,7 @@ import record
 import torch
 import transformers
 
-from fl_app import inference, lora, models, row_adapters
+from fl_app import inference, lora, models, row_adapters, steering
 from fl_app.config import LoraSection
 from fl_app.types import Adapter, LoraFactors
 
@@ -218,11 +219,25 @@ def one_by_one(bench: Bench) -> Decode:
     return run
 
 
+def steered(bench: Bench) -> Decode:
+    """Our sampling, every row pushed along a direction of its own after one block (EPSVec)."""
+    width, layer = steering.width(bench.frozen.model), 0
+    directions = np.random.default_rng(1).normal(size=(len(bench.prompts), width)).astype(np.float32)
+    plain_seeded = seeded(bench)
+
+    def run() -> None:
+        with steering.steer(bench.frozen.model, {layer: directions}, {layer: 0.1}):
+            plain_seeded()
+
+    return run
+
+
 DECODERS: dict[str, Decoder] = {
     "plain": plain,
     "plain_static": plain_static,
     "seeded": seeded,
     "seeded_rows": seeded_rows,
+    "steered": steered,
     "one_adapter": one_adapter,
     "own_one": own_one,
     "per_row": per_row,

@@ -18,6 +18,7 @@ DECODERS = {
     "plain_static": "static cache",
     "seeded": "our sampling, one stream",
     "seeded_rows": "our sampling, a stream per row",
+    "steered": "our sampling, steered",
     "one_adapter": "one adapter (PEFT)",
     "own_one": "one adapter (our layers)",
     "per_row": "**an adapter per row**",
