@@ -21,15 +21,27 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fl_app import disk, journal
 from fl_app.errors import RunInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Made:
+    """What a phase has made: files and folders that are whole on disk, and a value that JSON can hold.
+
+    `seconds`, where it is not None, is the time to tell instead of the phase's own (a wave's, which came before it).
+    """
+
+    files: Sequence[Path] = ()
+    value: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,10 +22,10 @@ from strategies.distillers import AnyDistiller
 from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
-from strategies.pipeline import Pipeline, Stages
+from strategies.pipeline import Pipeline
 from strategies.reach import read_cap
 from strategies.spending import Spending
-from strategies.stages import Setting
+from strategies.stages import Setting, Stages
 from strategies.synthesizers import AnySynthesizer
 from strategies.tuners import AnyTuner
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,10 +28,12 @@ from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_site
 from fl_app.seeds import stream
 from fl_app.types import Broadcast, Material, Merged, RoundRecord
-from strategies import readback
+from strategies import readback, screening
+from strategies.checkpoint import Made
 from strategies.collected import from_json, judge, needed, to_json, too_few, write_release
+from strategies.round_record import record_of
 from strategies.spending import NON_PRIVATE
-from strategies.stages import Voices
+from strategies.stages import Stages, Voices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -49,30 +50,6 @@ if TYPE_CHECKING:
     from strategies.lab import Lab, TextModel
     from strategies.reach import UpdateCap
     from strategies.spending import Spending
-    from strategies.stages import Aggregator, Distiller, Filter, Synthesizer, Tuner
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stages:
-    """The five methods of a run; filters by name, in order."""
-
-    aggregator: Aggregator
-    synthesizer: Synthesizer
-    filters: tuple[tuple[str, Filter], ...]
-    distiller: Distiller
-    tuner: Tuner
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Made:
-    """What a phase has made: files and folders that are whole on disk, and a value that JSON can hold.
-
-    `seconds`, where it is not None, is the time to tell instead of the phase's own (a wave's, which came before it).
-    """
-
-    files: Sequence[Path] = ()
-    value: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    seconds: float | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -211,7 +188,19 @@ class Pipeline:
         adapter = self.lab.local_with(merged.adapter, "adapter")
         models = {"adapter": adapter, f"target_round_{number}": self.lab.local_with(target, "target")}
         self._examine(number, models, seconds)
-        record = self._record(number, judged, merged, drafts, dropped, lessons, seconds, folder)
+        record = record_of(
+            number,
+            judged,
+            merged,
+            spending=self.spending,
+            target=target,
+            written=len(drafts),
+            dropped=dropped,
+            lessons=len(lessons),
+            scores={name: self.scores[name] for name in models},
+            seconds=seconds,
+            folder=folder,
+        )
         self.records.append(record)
         if self.checkpoint.find(number, "publish") is None:
             journal.write_json(folder / "record.json", record)
@@ -316,34 +305,15 @@ class Pipeline:
     def _screen(
         self, number: int, drafts: Sequence[Draft], folder: Path, seconds: dict[str, float]
     ) -> tuple[tuple[Draft, ...], Mapping[str, str]]:
-        """Pass the drafts through every filter in order; a reason starts with the name of its filter.
-
-        What a filter rewrote (`pii` masks names) goes on rewritten, under the id that the draft came with.
-        """
+        """Return the drafts that passed every filter, as the filters left them, and a reason for every other one."""
 
         def work() -> Made:
-            left = tuple(drafts)
-            dropped: dict[str, str] = {}
-            for name, one in self.stages.filters:
-                screened = one(left, self.kept)
-                for draft, reason in screened.dropped.items():
-                    dropped[draft] = reason if reason.startswith(name) else f"{name}: {reason}"
-                left = screened.kept
-            came = {draft.id: draft.instruction for draft in drafts}
-            rewritten = {draft.id: draft.instruction for draft in left if draft.instruction != came[draft.id]}
-            value: dict[str, Any] = {"kept": [draft.id for draft in left], "dropped": dropped}
-            value |= {"rewritten": rewritten} if rewritten else {}
+            value = screening.screen(self.stages.filters, drafts, self.kept)
             journal.write_json(folder / "screened.json", value)
             return Made(files=[folder / "screened.json"], value=value)
 
         value = self._phase(number, "filter", seconds, work).value
-        kept, rewritten = set(value["kept"]), value.get("rewritten", {})
-        left = (
-            dataclasses.replace(draft, instruction=rewritten.get(draft.id, draft.instruction))
-            for draft in drafts
-            if draft.id in kept
-        )
-        return tuple(left), value["dropped"]
+        return screening.kept(value, drafts), value["dropped"]
 
     def _distil(
         self, number: int, kept: Sequence[Draft], folder: Path, seconds: dict[str, float]
@@ -378,47 +348,6 @@ class Pipeline:
         for name, scores in self._phase(number, "exam", seconds, work).value.items():
             self.scores[name] = {metric: readback.score(score) for metric, score in scores.items()}
             self.journal.event("exam", model=name, scores={key: one.value for key, one in self.scores[name].items()})
-
-    def _save_target(self, target: Adapter, folder: Path) -> None:
-        lora.save_peft(target, folder, base_name=self.shared.model.name)
-
-    def _record(
-        self,
-        number: int,
-        judged: Judged,
-        merged: Merged,
-        drafts: Sequence[Draft],
-        dropped: Mapping[str, str],
-        lessons: Sequence[Lesson],
-        seconds: Mapping[str, float],
-        folder: Path,
-    ) -> RoundRecord:
-        hashes = {
-            f"releases/{item['site']}": item["sha256"] for item in self.spending.released if item["round"] == number
-        }
-        hashes |= {"merged": lora.sha256(merged.adapter), "target": lora.sha256(self.target)}
-        hashes |= {
-            name: journal.file_sha256(folder / name) for name in ("drafts.jsonl", "screened.json", "lessons.jsonl")
-        }
-        return RoundRecord(
-            round=number,
-            used=merged.used,
-            refused={refusal.site: refusal.code for refusal in judged.refusals},
-            rejected=dict(merged.rejected),
-            silent=judged.silent,
-            drafts_written=len(drafts),
-            drafts_kept=len(drafts) - len(dropped),
-            dropped=dict(Counter(reason.split(":")[0] for reason in dropped.values())),
-            lessons=len(lessons),
-            epsilon={site: hello.spent for site, hello in sorted(self.spending.sites.items())},
-            scores={name: self.scores[name] for name in ("adapter", f"target_round_{number}")},
-            seconds=dict(seconds),
-            bytes_up=dict(judged.bytes_up),
-            bytes_down=dict(judged.bytes_down),
-            hashes=hashes,
-            client_epsilon=merged.cost.spent if merged.cost else None,
-            rejections=tuple(asdict(one) for one in (*judged.rejected.values(), *judged.strays)),
-        )
 
     def _phase(self, number: int, name: str, seconds: dict[str, float], work: Callable[[], Made]) -> Done:
         """Return what a phase left: read, when it is done, else computed, committed and then read."""

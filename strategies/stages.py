@@ -143,3 +143,14 @@ class Tuner(Protocol):
     def __call__(self, adapter: Adapter, lessons: Sequence[Lesson], rng: np.random.Generator) -> Adapter:
         """Touches released data only."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """The five methods of a run; filters by name, in order."""
+
+    aggregator: Aggregator
+    synthesizer: Synthesizer
+    filters: tuple[tuple[str, Filter], ...]
+    distiller: Distiller
+    tuner: Tuner

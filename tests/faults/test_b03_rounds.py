@@ -47,8 +47,9 @@ from strategies.checkpoint import Checkpoint
 from strategies.config import NetworkSection
 from strategies.exam import Exam
 from strategies.knowledge import Knowledge
-from strategies.pipeline import Pipeline, Stages
+from strategies.pipeline import Pipeline
 from strategies.spending import Spending
+from strategies.stages import Stages
 from tests.faults.writer import Writer
 
 if TYPE_CHECKING:
