@@ -72,7 +72,7 @@ class Played:
 
     def await_training(self, directory: Path, more_than: int = 0) -> None:
         """Wait until the next wave of training is out, and a little, so that sites are at it."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while self.trainings(directory) <= more_than:
             assert time.monotonic() < deadline
             time.sleep(0.2)
@@ -196,7 +196,7 @@ def test_a_smoke_that_is_interrupted_leaves_nobody(tmp_path: Path) -> None:
     env = {**os.environ, MARK: mark, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     words = [sys.executable, "-m", "simulations.deployment.smoke"]
     with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while not list(tmp_path.glob("stillroom-deploy-*/deployment/logs/*-supernode.log")):
             assert process.poll() is None
             assert time.monotonic() < deadline
