@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 from pydantic import Field, field_validator
 
 from clients.token_stream import Stream, rows_keep_apart
+from fl_app import models
 from fl_app.config import Section
 from fl_app.errors import PolicyRefusal
 from fl_app.types import BoundedRange, CodedText
@@ -59,7 +60,7 @@ class DecodingSection(Section):
     """
 
     buckets_per_code: Annotated[int, Field(ge=1, le=100_000)]
-    expected_units: Annotated[float, Field(gt=0, le=1e6)]
+    expected_units: Annotated[float, Field(ge=0.1, le=1e6)]
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
     template: str = "{code}{text}\n\n{code}"
     placeholder: str = "..."
@@ -187,6 +188,8 @@ def write_texts(
     A text ends with the end token, with what stands between two texts of the template, after `max_new_tokens`, or when
     the pen is spent; a bucket writes at most `examples`. All of that follows from tokens already drawn.
     """
+    most = task.prompts.width(bench.codes.values()) + task.max_new_tokens
+    models.check_positions(bench.model, most, whole_cache=True)
     shots = _shots(bench, placeholder)
     together = task.batch_rows if rows_keep_apart(model, task.batch_rows) else 1
     written: dict[int, list[str]] = {place: [] for place in range(len(buckets))}

@@ -20,6 +20,7 @@ from fl_app.privacy import plan as planning
 from fl_app.privacy.accountants import pld
 from fl_app.privacy.calibrate import least_noise
 from fl_app.privacy.events import noise_of
+from fl_app.types import Exponential
 
 if TYPE_CHECKING:
     from clients.config import SitePolicy
@@ -117,6 +118,8 @@ def announced(
         )
     _check_floor(policy, noise, asked, plan, kept=kept)
     found = cost(noise)
+    for receipt in found.receipts:
+        _check_beside(policy, receipt)
     after = (*book.receipts, *(found.run(asked.left) if begins else found.receipts))
     if plan is not None:
         plan.check((*book.receipts, *found.receipts))
@@ -159,6 +162,20 @@ def _check_floor(policy: SitePolicy, noise: float, asked: Round, plan: Plan | No
         f"run {asked.run} would go on with noise multiplier {noise:g}, site.toml now asks for at least {floor:g}; "
         + ("start a new run" if plan is None else 'lower it, or go on under composition = "renyi_filter"')
     )
+
+
+def _check_beside(policy: SitePolicy, receipt: DpReceipt) -> None:
+    """Return when a survey or a threshold is as noisy as the site asks for. Raises: PolicyRefusal.
+
+    What is known to be epsilon-DP and no more counts as noise 1 / epsilon, as a Laplace of that scale would.
+    """
+    event, floor = receipt.event, policy.limits.min_noise_multiplier
+    noise = 1 / event.epsilon if isinstance(event, Exponential) else noise_of(event)
+    if noise is not None and not noise >= floor * (1 - 1e-9):
+        raise PolicyRefusal(
+            f"{planning.describe(planning.one_step(receipt))} is asked, of noise {noise:.4g}; site.toml asks for at "
+            f"least {floor:g} of every mechanism"
+        )
 
 
 def _too_much(asked: Round, found: Announced, plan: Plan | None, *, begins: bool, total: float) -> str:

@@ -129,5 +129,6 @@ class Survey:
             return {CODES: counts}
         embed = asked.embedder.build(bench.model)
         features = asked.features([row.instruction for row in rows.examples], embed, alone=True).astype(np.float64)
+        features[~np.isfinite(features).all(axis=1)] = 0.0  # no row may make the round fail, and so be told from others
         features /= np.maximum(1.0, np.linalg.norm(features, axis=1, keepdims=True))  # 1 but for float32
         return {CODES: counts, KERNEL: features.sum(0)}

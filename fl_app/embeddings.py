@@ -69,7 +69,8 @@ class Embedder(Protocol):
         only, to the bit. Private texts are embedded alone.
 
         Shapes: (len(texts), dimension) float32.
-        Raises: NotFinite when a text has no direction: a state is no number, or their mean is zero.
+        Raises: NotFinite when a text has no direction (a state is no number, or their mean is zero); `alone`, such a
+        text is a row of zeros instead, since a failure would tell of it.
         """
         ...
 
@@ -96,7 +97,8 @@ class LocalStates(Section):
     max_tokens: Annotated[int, Field(ge=4, le=4096)] = 128
 
     def build(self, local: FrozenModel) -> Embedder:
-        """Return the bare local model as an embedder; it shares its weights."""
+        """Return the bare local model as an embedder; it shares its weights. Raises: PolicyRefusal for its length."""
+        models.check_positions(local, self.max_tokens)
         return MeanPooled(
             name=f"mean of {local.resolved.name}",
             sha256=local.resolved.sha256,
@@ -131,7 +133,7 @@ class MeanPooled:
         vectors_ND = np.empty((len(ids), self.dimension), np.float32)
         for begin in range(0, len(order), rows):
             batch = order[begin : begin + rows]
-            vectors_ND[batch] = self._directions([ids[row] for row in batch])
+            vectors_ND[batch] = self._directions([ids[row] for row in batch], alone=alone)
         return vectors_ND
 
     def _ids(self, text: str) -> list[int]:
@@ -141,7 +143,7 @@ class MeanPooled:
         )["input_ids"]
         return ids or [self.tokenizer.eos_token_id]
 
-    def _directions(self, ids: Sequence[Sequence[int]]) -> Floats:
+    def _directions(self, ids: Sequence[Sequence[int]], *, alone: bool) -> Floats:
         import torch
 
         width = max(len(row) for row in ids)
@@ -154,7 +156,10 @@ class MeanPooled:
             states_NTD = self.model(input_ids=ids_NT, attention_mask=mask_NT).last_hidden_state.float()
             mean_ND = (states_NTD * mask_NT[:, :, None]).sum(1) / mask_NT.sum(1, keepdim=True)
             norm_N1 = mean_ND.norm(dim=-1, keepdim=True)
-            if not bool((norm_N1.isfinite() & (norm_N1 > 0)).all()):
+            fit_N1 = norm_N1.isfinite() & (norm_N1 > 0)
+            if alone:  # a private text may not make a round fail: without a direction it says nothing
+                return torch.where(fit_N1, mean_ND / norm_N1, torch.zeros_like(mean_ND)).numpy()
+            if not bool(fit_N1.all()):
                 raise NotFinite(f"{self.name}: a text has no direction; the model's weights hold NaN, or are all zero")
             return (mean_ND / norm_N1).numpy()
 

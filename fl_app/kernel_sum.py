@@ -37,7 +37,7 @@ class KernelSumSection(Section):
 
     embedder: AnyEmbedder
     dim: Annotated[int, Field(ge=2, le=65_536, multiple_of=2)] = 4096
-    bandwidth: Annotated[float, Field(gt=0, le=1e3)] = 1.0
+    bandwidth: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     kernel: Kernel = "gaussian"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
-from fl_app.errors import ModelMissing
+from fl_app.errors import ModelMissing, PolicyRefusal
 from fl_app.seeds import stream
 
 PACKAGED = {
@@ -255,3 +255,22 @@ def _publish(target: Path, write: Any) -> None:
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_positions(frozen: FrozenModel, tokens: int, *, whole_cache: bool = False) -> None:
+    """Return when the model has positions for `tokens`, the public worst case of what a site will read.
+
+    Found out at a row, it would fail the round in which that row is read, and the failure would tell of the row.
+    `whole_cache`: every token must stay in the attention cache, so a sliding window must hold them all.
+    Raises: PolicyRefusal.
+    """
+    config = frozen.model.config.get_text_config()
+    limits = {"positions": getattr(config, "max_position_embeddings", None)}
+    if whole_cache:
+        limits["window"] = getattr(config, "sliding_window", None)
+    for name, most in limits.items():
+        if most is not None and tokens > most:
+            raise PolicyRefusal(
+                f"a site would read up to {tokens} tokens, prompts and its own max_tokens together; "
+                f"{frozen.resolved.name} has {most} ({name}); shorten the prompts, or lower max_tokens in site.toml"
+            )

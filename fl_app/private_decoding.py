@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fl_app.errors import NotFinite
+from fl_app.errors import NotFinite, PolicyRefusal
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -219,7 +219,21 @@ def clip_within(rho: float, *, tokens: int, expected: float, temperature: float)
     return bound_of_span(math.sqrt(8 * rho / tokens), expected, temperature)
 
 
+LEAST_BOUND = 1e-6
+"""A clip below it moves no score, and far below it float32 has no grain: 0 / 0 would tell whether there is a row."""
+
+
+def check_bound(bound: float) -> None:
+    """Return when scores can be clipped to `bound`. Raises: PolicyRefusal naming it; a function of public values."""
+    if not bound >= LEAST_BOUND:
+        raise PolicyRefusal(
+            f"a clip of {bound:.3g} is left for every score, at least {LEAST_BOUND:g} is needed; ask for fewer tokens, "
+            "larger buckets or a higher temperature"
+        )
+
+
 def _to_grain(clipped: Singles, step: float) -> Singles:
+    assert np.float32(step) > 0, "callers clip to no less than LEAST_BOUND"
     clipped /= np.float32(step)  # powers of two: exact both ways
     np.trunc(clipped, out=clipped)
     clipped *= np.float32(step)

@@ -27,7 +27,7 @@ from fl_app import lora, releases
 from fl_app.errors import LedgerRefusal
 from fl_app.privacy.accountants import pld
 from fl_app.text import one_line
-from fl_app.types import AdapterRelease, HistogramRelease, PoissonGaussian, ReleaseSpec, VectorRelease
+from fl_app.types import AdapterRelease, HistogramRelease, PoissonGaussian, ReleaseSpec, TextRelease, VectorRelease
 from strategies.reach import norm
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ def _noiseless(
     upload: Upload, broadcast: Broadcast, cap: UpdateCap | None, seen: Mapping[str, str]
 ) -> Rejection | None:
     """Return why a release that is sound in shape can hold no noise of this round."""
-    if before := seen.get(releases.sha256(upload.release, upload.survey)):
+    before = seen.get(releases.sha256(upload.release, upload.survey))
+    if before and not isinstance(upload.release, TextRelease):  # two sites may both have written nothing
         return _no(upload, "replay", f"is {before} once more; noise never comes twice")
     if not isinstance(upload.release, AdapterRelease):
         return None

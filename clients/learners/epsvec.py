@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from fl_app import steering
+from fl_app import models, steering
 from fl_app.config import Section
 from fl_app.errors import PolicyRefusal
 from fl_app.privacy import gaussian
@@ -137,6 +137,9 @@ class EpsVecLearner:
         width = steering.width(model)
         scales = _scales(bench.material, layers)
         classes = _classes(bench.material, layers, width)
+        for one in classes:
+            prompt = bench.model.tokenizer(one.prompt, add_special_tokens=False, verbose=False)["input_ids"]
+            models.check_positions(bench.model, len(prompt) + 1 + constants.max_tokens)
         totals: list[Doubles] = []
         for one in classes:
             states = self._states([row for row in rows.examples if row.code == one.code], one, constants, bench)

@@ -88,7 +88,14 @@ class InvisibleInkLearner:
         return
 
     def announce(self, constants: PublicConstants, noise: float) -> tuple[DpReceipt, ...]:
-        """Return the price of all tokens of a bucket at this noise."""
+        """Return the price of all tokens of a bucket at this noise.
+
+        Raises: PolicyRefusal when it leaves no clip.
+        """
+        section = self.section
+        private_decoding.check_bound(
+            private_decoding.bound_of_span(events.span_of(noise), section.expected_units, section.temperature)
+        )
         event = BoundedRange(span=events.span_of(noise), count=self.steps)
         return (DpReceipt(event=event, unit=constants.unit),)
 
@@ -126,6 +133,7 @@ class Pen:
 
     def __init__(self, *, section: InvisibleInk, span: float, row_weight: float) -> None:
         bound = private_decoding.bound_of_span(span, section.expected_units, section.temperature)
+        private_decoding.check_bound(bound)
         self._announced = min(bound, section.max_clip)
         self._bound = private_decoding.usable(self._announced)
         self._section, self._row_weight = section, row_weight

@@ -195,6 +195,8 @@ class Book:
             plan.check(after)
             self._require_room(plan, asked, after)
             return None
+        if self.reserved:  # lines of a version without plans: they are of one mechanism, whatever sides are named now
+            planning.fix(self.receipts, epsilon=asked.promise, delta=asked.delta)
         fresh = planning.fix(after, epsilon=asked.promise, delta=asked.delta, sides=asked.sides)
         self._require_room(fresh, asked, after)
         if fresh == plan:  # a crash came between the plan and its first reservation

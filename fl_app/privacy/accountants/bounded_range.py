@@ -25,8 +25,13 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
+from fl_app.errors import LedgerRefusal
+
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+MOST = 30.0
+"""Of one draw: epsilon is then near it, far above any budget, and exp(span) loses the digits that delta is made of."""
 
 FINE = 16
 """A span shorter than this many grid steps is too coarse on the grid: see `loss`."""
@@ -59,6 +64,8 @@ def loss(span: float, count: int, grid: float) -> PrivacyLossDistribution:
     """
     from dp_accounting.pld import privacy_loss_distribution as pld
 
+    if span > MOST:
+        raise LedgerRefusal(f"span {span:g} is beyond {MOST:g}: such a draw is no private one")
     if span < FINE * grid:
         noise = 1 / (PROBIT_PER_LOGIT * span * math.sqrt(count))
         return pld.from_gaussian_mechanism(noise, value_discretization_interval=grid)
@@ -74,7 +81,7 @@ def _one(span: float, grid: float) -> PrivacyLossDistribution:
 
     most = math.ceil(span / grid)
     steps = np.arange(-most, most + 1)
-    deltas = np.array([delta(span, float(step) * grid) for step in steps])
+    deltas = np.array([min(1.0, delta(span, float(step) * grid)) for step in steps])  # beyond 1 by rounding
     deltas[0], deltas[-1] = -math.expm1(-most * grid), 0.0
     pmf = pld_pmf.create_pmf_pessimistic_connect_dots(grid, steps, deltas)
     return pld.PrivacyLossDistribution(pmf)

@@ -129,7 +129,9 @@ def _loss(event: dp_accounting.DpEvent) -> PrivacyLossDistribution:
 
 
 def _noisy(event: MechanismEvent) -> bool:
-    return isinstance(event, Exponential | BoundedRange) or event.noise_multiplier >= MIN_NOISE
+    if isinstance(event, BoundedRange):
+        return event.span <= bounded_range.MOST
+    return isinstance(event, Exponential) or event.noise_multiplier >= MIN_NOISE
 
 
 def _divergence(event: MechanismEvent) -> float:
