@@ -79,6 +79,15 @@ def objections(policy: SitePolicy, request: Request) -> list[str]:
             f"configuration {request.config_digest[:12]} is not on the list limits.allowed_configs of site.toml",
         ),
         (
+            run.mode == "production"
+            and getattr(learner, "guide", None) is not None
+            and request.config_digest not in limits.allowed_configs,
+            (
+                "the learner names a teacher, a model or folder of the server's choice, whose own training no receipt "
+                "covers; look at it, and put the configuration's digest into limits.allowed_configs of site.toml"
+            ),
+        ),
+        (
             run.mode == "simulation" and not limits.simulation,
             "run.mode is 'simulation' (seeded noise, no privacy); this site trains in production only",
         ),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fl_app.errors import BudgetSpent, LedgerCorrupt, LedgerRefusal
 from fl_app.privacy import plan as planning
 from fl_app.privacy.accountants import pld
+from fl_app.privacy.book import Book
 from fl_app.privacy.chain import Planned
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.plan import Plan
@@ -98,13 +99,34 @@ def test_a_side_counts_in_full_before_it_is_used(tmp_path: Path) -> None:
     reserve(without, steps(alone - most))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=8))
+WISHES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2), st.integers(0, 2)), min_size=4, max_size=8)
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["as it is", "twin: sides take no room"])
 def test_whatever_is_asked_the_plan_in_full_is_within_budget(
-    tmp_path_factory: pytest.TempPathFactory, wishes: list[tuple[int, int, int]]
+    room: bool, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the proof needs: at any moment the sides in full and the steps so far fit, so any later use of them does."""
-    ledger = opened(tmp_path_factory.mktemp("ledger"))
+    if not room:
+        monkeypatch.setattr(Book, "_require_room", lambda *_: None)
+    outcomes: list[str] = []
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @given(WISHES)
+    def search(wishes: list[tuple[int, int, int]]) -> None:
+        play(tmp_path_factory.mktemp("ledger"), wishes, outcomes)
+
+    if room:
+        search()
+        assert {"granted", "BudgetSpent", "LedgerRefusal"} <= set(outcomes)
+    else:
+        with pytest.raises(AssertionError, match="over budget"):
+            search()
+
+
+def play(folder: Path, wishes: list[tuple[int, int, int]], outcomes: list[str]) -> None:
+    """Ask a fresh ledger for one wish after the other, and look at its plan in full after every grant."""
+    ledger = opened(folder)
     sides = (survey(noise=3.0, count=2), receipt(Exponential(epsilon=0.05, count=3)))
     for main, surveys, thresholds in wishes:
         receipts = [steps(main)] * bool(main) + [survey(noise=3.0, count=surveys)] * bool(surveys)
@@ -113,11 +135,13 @@ def test_whatever_is_asked_the_plan_in_full_is_within_budget(
             continue
         try:
             reserve(ledger, *receipts, sides=sides)
-        except (BudgetSpent, LedgerRefusal):
+        except (BudgetSpent, LedgerRefusal) as error:
+            outcomes.append(type(error).__name__)
             continue
+        outcomes.append("granted")
         plan = ledger.book().plan
         assert plan is not None
-        assert pld.epsilon(plan.in_full(ledger.receipts()), DELTA) <= EPSILON
+        assert pld.epsilon(plan.in_full(ledger.receipts()), DELTA) <= EPSILON, "over budget"
         assert pld.epsilon(ledger.receipts(), DELTA) <= pld.epsilon(plan.in_full(ledger.receipts()), DELTA) + 1e-9
     if ledger.receipts():
         used = {planning.one_step(one): planning.count(one) for one in planning.merged(ledger.receipts())}
