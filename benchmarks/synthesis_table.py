@@ -30,9 +30,9 @@ def page() -> str:
         "bench-distil`). What the columns are, and how cells were sized: `benchmarks/synthesis.py`.",
         "One site; SmolLM2-135M-Instruct, bf16; epsilon by PLD at delta 1e-5 per record, add or remove one. Simulated",
         "sites: seeded noise. An interval is 95 % over test items (Wilson, bootstrap), the widest over seeds;",
-        "two methods whose intervals overlap are not told apart here. MAUVE grows when there are fewer texts: compare",
-        "it at 36 a side, where the decoders write no more; its brackets are over draws of texts. A cell that was paused",
-        "on the way has no minutes.",
+        "two methods whose intervals overlap are not told apart here. MAUVE grows when there are fewer texts:",
+        "compare it at 36 a side, where the decoders write no more; its brackets are over draws of texts. A cell that",
+        "was paused on the way has no minutes.",
         "",
     ]
     lines = record.lines("synthesis")
@@ -54,8 +54,10 @@ def _corpus(cells: list[dict[str, Any]]) -> list[str]:
     out = [
         f"Commits {commits}.",
         "",
-        "| rows | epsilon | method | kept / written | MAUVE | MAUVE, 36 a side | downstream accuracy | target's exam | "
-        "minutes | MB up |",
+        (
+            "| rows | epsilon | method | kept / written | MAUVE | MAUVE, 36 a side | downstream accuracy | target's exam | "
+            "minutes | MB up |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups = sorted({(one["rows"], one["epsilon"]) for one in good})
