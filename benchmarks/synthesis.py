@@ -39,6 +39,7 @@ import record
 
 from fl_app.privacy.accountants import pld
 from fl_app.types import BoundedRange, DpReceipt
+from strategies.exam import EXAMINED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,7 +310,7 @@ def write_config(cell: Cell, folder: Path) -> Path:
     rows = len(kept)
     rate = 0.07 if rows >= 1000 else 0.13  # noqa: PLR2004
     learner, synthesizer, more = _methods(cell, corpus, len({code for _, code in kept}), rows)
-    exam = dict(corpus.exam)
+    exam = {**corpus.exam, "models": list(EXAMINED) if cell.method == "zero_shot" else ["target"]}
     if cell.corpus == "embedded":
         exam["path"] = str(WORK / "formulary" / "exam.jsonl")
     tree: dict[str, Any] = {
@@ -426,7 +427,7 @@ def figures(cell: Cell, run: Path) -> dict[str, Any]:
         scores = train_on_synthetic(ours, real, rng=np.random.default_rng(cell.seed))
         line["downstream"] = {name: [one.value, one.low, one.high] for name, one in scores.items()}
     targets = [name for name in summary["exam"] if name.startswith("target_round")]
-    for name in ("base", "professional", targets[-1]):
+    for name in [name for name in ("base", "professional", targets[-1]) if name in summary["exam"]]:
         key = "target" if name.startswith("target") else name
         line[f"exam_{key}"] = {metric: [s["value"], s["low"], s["high"]] for metric, s in summary["exam"][name].items()}
     return line

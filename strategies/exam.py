@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fl_app import journal
 from fl_app.config import Section
@@ -34,8 +34,16 @@ if TYPE_CHECKING:
     from strategies.lab import TextModel
 
 
+Examined: TypeAlias = Literal["base", "start", "adapter", "target", "professional"]
+
+EXAMINED: tuple[Examined, ...] = ("base", "start", "adapter", "target", "professional")
+
+
 class ExamSection(Section):
-    """[server.exam]: a file of public items, and how many of each kind are asked (0: none)."""
+    """[server.exam]: a file of public items, and how many of each kind are asked (0: none).
+
+    `models` are the ones that sit it; a table of many runs asks those that are the same in all of them once.
+    """
 
     path: str
     choice_items: Annotated[int, Field(ge=0)] = 120
@@ -44,6 +52,14 @@ class ExamSection(Section):
     sources: list[str] = Field(default_factory=list)
     calibrate: bool = False
     join_input: Literal["append", "input_only"] = "append"
+    models: list[Examined] = Field(default_factory=lambda: list(EXAMINED))
+
+    @field_validator("models")
+    @classmethod
+    def _target_is_asked(cls, value: list[Examined]) -> list[Examined]:
+        if "target" not in value:
+            raise ValueError("the target is what a run is for, and its score ends every round; add \"target\"")
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +80,16 @@ class Exam:
     free: tuple[ExamItem, ...]
     max_new_tokens: int
     calibrate: bool
+    models: tuple[Examined, ...] = EXAMINED
 
     @property
     def chance(self) -> float:
         """Expected accuracy of guessing."""
         return float(np.mean([1 / len(item.choices) for item in self.choice])) if self.choice else 0.0
+
+    def asks(self, name: str) -> bool:
+        """Whether the model that a run calls `name` sits the exam: "base", "adapter", "target_round_3"."""
+        return name in self.models or (name.startswith("target_round_") and "target" in self.models)
 
     def score(self, model: TextModel) -> Mapping[str, Score]:
         """Return the model's scores by metric: choice_accuracy, choice_macro_f1, rouge_l, bits_per_byte."""
@@ -127,6 +148,7 @@ def read_exam(section: ExamSection, *, seed: int) -> Exam:
         free=_some([item for item in items if not item.choices], section.free_items, seed, "free"),
         max_new_tokens=section.max_new_tokens,
         calibrate=section.calibrate,
+        models=tuple(section.models),
     )
 
 

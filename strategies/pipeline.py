@@ -197,7 +197,7 @@ class Pipeline:
             written=len(drafts),
             dropped=dropped,
             lessons=len(lessons),
-            scores={name: self.scores[name] for name in models},
+            scores={name: self.scores[name] for name in models if name in self.scores},
             seconds=seconds,
             folder=folder,
         )
@@ -342,6 +342,7 @@ class Pipeline:
                 value={
                     name: {metric: asdict(score) for metric, score in self.exam.score(model).items()}
                     for name, model in models.items()
+                    if self.exam.asks(name)
                 }
             )
 

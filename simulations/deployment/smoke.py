@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CONFIG = "configs/smoke.toml"
 SITES, ROUNDS = 3, 2
 OVERRIDES = (
+    "server.network.reply_timeout_s=120.0",  # how long a round waits for a node that was lost to come back
     f'simulation.partition={{kind="iid", sites={SITES}}}',
     f"run.rounds={ROUNDS}",
     "simulation.max_rows_per_site=30",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from fl_app.config import parse
 from fl_app.errors import ConfigInvalid, StillroomError
 from fl_app.inference import Likelihood
 from strategies.exam import Exam, ExamItem, ExamSection, read_exam
@@ -285,3 +286,15 @@ def test_intervals_do_not_depend_on_when_they_are_computed() -> None:
     assert one == other
     assert one["bits_per_byte"].low < one["bits_per_byte"].value < one["bits_per_byte"].high
     assert np.isfinite([score.value for score in one.values()]).all()
+
+
+def test_only_the_models_that_are_named_sit_it() -> None:
+    asked = _exam(models=("target", "adapter"))
+
+    names = ("base", "start", "adapter", "professional", "target_round_1", "target_round_12")
+    assert [name for name in names if asked.asks(name)] == ["adapter", "target_round_1", "target_round_12"]
+
+
+def test_without_the_target_there_is_no_exam(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=r'server\.exam\.models.*add "target"'):
+        parse(ExamSection, {"path": str(tmp_path), "models": ["base"]}, where="server.exam")
