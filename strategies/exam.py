@@ -58,7 +58,7 @@ class ExamSection(Section):
     @classmethod
     def _target_is_asked(cls, value: list[Examined]) -> list[Examined]:
         if "target" not in value:
-            raise ValueError("the target is what a run is for, and its score ends every round; add \"target\"")
+            raise ValueError('the target is what a run is for, and its score ends every round; add "target"')
         return value
 
 
