@@ -39,7 +39,7 @@ from clients.learners.dp_lora import DpLora
 from clients.learners.plain_lora import PlainLora
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.stages import PublicConstants, Workbench
-from fl_app import inference, lora, models, sequences
+from fl_app import inference, lora, models, peft_files, sequences
 from fl_app.config import LoraSection
 from fl_app.distillation import DistilLoss, Teacher, Weights
 from fl_app.metrics.interval import bootstrap
@@ -151,7 +151,7 @@ class Bench:
 
     def load(self, name: str, seed: int, frozen: FrozenModel) -> Adapter:
         """Return the adapter of a finished cell."""
-        return lora.load_peft(self.saved(name, seed), base=frozen.resolved.sha256)
+        return peft_files.load(self.saved(name, seed), base=frozen.resolved.sha256)
 
     def score(self, model: Any) -> dict[str, Any]:
         """Return both perplexities of the test headlines."""
@@ -254,7 +254,7 @@ def round_at(bench: Bench, which: str, seed: int, name: str, section: Any, epsil
     desk = Workbench(model=frozen, codes={"news": PREFIX}, noise=noise, system="")
     start = bench.start(which, frozen, seed)
     found = learner(rows, start, learner.announce(told, multiplier), told, desk).adapter
-    lora.save_peft(found, bench.saved(name, seed), base_name=which)
+    peft_files.save(found, bench.saved(name, seed), base_name=which)
     shown = {"epsilon": epsilon, "noise_multiplier": multiplier} if learner.private else {}
     return {**shown, **bench.score(lora.attach(frozen, found))}
 

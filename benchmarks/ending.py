@@ -25,7 +25,7 @@ import record
 import torch
 from transformers import LogitsProcessorList
 
-from fl_app import inference, journal, lora, models
+from fl_app import inference, journal, lora, models, peft_files
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 48, "temperature": 0.8, "top_p": 0.95}
 """Those of configs/demo.toml."""
@@ -68,7 +68,7 @@ def measure(run: Path, rows: int, repeats: int) -> dict[str, Any]:
     """Return ratios to `generate`, and how many texts are the same."""
     name = json.loads((run / "summary.json").read_text(encoding="utf-8"))["models"]["local"]["name"]
     frozen = models.load(name, "bfloat16")
-    model = lora.attach(frozen, lora.load_peft(run / "rounds" / "1" / "merged"))
+    model = lora.attach(frozen, peft_files.load(run / "rounds" / "1" / "merged"))
     drafts = journal.read_lines(run / "rounds" / "1" / "drafts.jsonl")[:rows]
     prompts = sorted((draft["origin"]["prompt"] for draft in drafts), key=len)
     shrink = inference.SHRINK

@@ -157,7 +157,8 @@ def _rows_keep_apart(
     config = model.get_base_model().config
     dtype = str(model.get_input_embeddings().weight.dtype)
     attention = str(getattr(config, "_attn_implementation", ""))
-    shape = (config.to_json_string(), str(layout.shapes))
+    under = {name: tuple(weight.shape) for name, weight in lora.parameters(model, place=lora.BLOCKS).items()}
+    shape = (config.to_json_string(), str(layout.shapes), str(under))
     place = (*shape, dtype, attention, how, max_batch_tokens, torch.get_num_threads())
     verdicts = _verdicts()
     if place not in verdicts:

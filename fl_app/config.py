@@ -59,6 +59,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
+LoraInit: TypeAlias = Literal["uniform", "orthonormal", "weights"]
+"""How a fresh adapter is drawn: see `fl_app.lora.initial`."""
+
+
 class RunSection(Section):
     """[run]: how long, how random, where to."""
 
@@ -93,7 +97,7 @@ class LoraSection(Section):
     targets: Annotated[tuple[str, ...], Field(strict=False)]
     first_layer: Annotated[int, Field(ge=0)] = 0
     start: str = ""
-    init: Literal["uniform", "orthonormal"] = "uniform"
+    init: LoraInit = "uniform"
 
 
 class SharedConfig(Section):

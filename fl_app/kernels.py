@@ -47,13 +47,17 @@ def keep_rows_apart(model: Any, most_rows: int) -> bool:
     if any(weight.ndim > 2 for weight in model.parameters()):  # noqa: PLR2004 - experts: heights depend on company
         return False
     matrices: set[tuple[int, int, bool]] = set()  # rows, columns, and whether it is a transposed view
+    thin: dict[str, tuple[int, int]] = {}  # of a map's factor with what is frozen under it: rank in all, width
     for name, weight in model.named_parameters():
         if weight.ndim == 2:  # noqa: PLR2004
             high, wide = int(weight.shape[0]), int(weight.shape[1])
             if ".lora_A." in name or ".lora_B." in name:  # (r, I) or (O, r); the node keeps b as (r, O)
-                matrices.add((high, wide, False) if ".lora_A." in name else (wide, high, False))
+                rank, width = (high, wide) if ".lora_A." in name else (wide, high)
+                place = name.removesuffix(".weight").rpartition(".")[0]
+                thin[place] = (thin.get(place, (0, 0))[0] + rank, width)
             else:
                 matrices |= {(high, wide, False), (wide, high, True)}
+    matrices |= {(rank, width, False) for rank, width in thin.values()}
     height = max(-(-most_rows // HEIGHT_STEP) * HEIGHT_STEP, 2 * HEIGHT_STEP)
     return all(_agree(matrix, dtype, height, torch.get_num_threads()) for matrix in sorted(matrices))
 

@@ -1,6 +1,6 @@
-"""Adapter algebra: numpy adapters, their place on a torch model, and PEFT's files.
+"""Adapter algebra: numpy adapters, and their place on a torch model (their files: `fl_app.peft_files`).
 
-`Adapter` holds float32 numpy arrays by module path of the base model. PEFT supplies the layers and the file format;
+`Adapter` holds float32 numpy arrays by module path of the base model. PEFT supplies the layers;
 what is ours is the mapping between the two, so that every adapter is checked by name and shape and never guessed.
 
 Legend of shapes: r = rank; a (r, d_in), b (d_out, r).
@@ -9,37 +9,37 @@ Legend of shapes: r = rank; a (r, d_in), b (d_out, r).
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fl_app import disk
-from fl_app.errors import AdapterMismatch, NotFinite
+from fl_app import low_rank
+from fl_app.errors import AdapterMismatch
 from fl_app.types import Adapter, LoraFactors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    from fl_app.config import LoraSection
+    from fl_app.config import LoraInit, LoraSection
     from fl_app.models import FrozenModel
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the module paths of the base model."""
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+ADAPTER, BLOCKS = "default", "blocks"
+"""The names, on a PEFT model, of the adapter that is trained and of the one under it that is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
-    """The exact shape every adapter of a run must have: module path -> (d_in, d_out)."""
+    """The exact shape every adapter of a run must have: module path -> (d_in, d_out); `core`: with r x r cores."""
 
     shapes: Mapping[str, tuple[int, int]]
     rank: int
     alpha: float
     base: str
+    core: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,28 +74,67 @@ def spec_of(frozen: FrozenModel, section: LoraSection) -> LoraSpec:
     return LoraSpec(shapes=shapes, rank=section.rank, alpha=section.alpha, base=frozen.resolved.sha256)
 
 
-def initial(spec: LoraSpec, rng: np.random.Generator, init: Literal["uniform", "orthonormal"] = "uniform") -> Adapter:
-    """Return the adapter a run starts from: b zero, so that delta_W = 0, and a drawn without any data.
+def spec_like(adapter: Adapter) -> LoraSpec:
+    """Return the spec that an adapter is of."""
+    shapes = {name: (one.a.shape[1], one.b.shape[0]) for name, one in adapter.layers.items()}
+    return LoraSpec(
+        shapes=shapes, rank=rank_of(adapter), alpha=adapter.alpha, base=adapter.base, core=has_core(adapter)
+    )
 
-    uniform      in +-1/sqrt(d_in), what PEFT's kaiming_uniform(a=sqrt(5)) amounts to
-    orthonormal  rows orthonormal (the Q of a Gaussian matrix): noise on b reaches every direction alike
 
-    Raises: AdapterMismatch when the rank exceeds a map's inputs, which have no more orthonormal directions.
+def initial(spec: LoraSpec, rng: np.random.Generator, init: LoraInit = "uniform") -> Adapter:
+    """Return the adapter a run starts from: delta_W = 0, drawn without any data.
+
+    | init        | a                                              | b |
+    |-------------|------------------------------------------------|---|
+    | uniform     | in +-1/sqrt(d_in), as PEFT's kaiming_uniform   | 0 |
+    | orthonormal | orthonormal rows: noise on b reaches all alike | 0 |
+
+    With cores a and b are orthonormal whatever `init` says, and the core is 0.
+
+    Raises: AdapterMismatch when the rank exceeds a side that must be orthonormal; for `weights`, see `from_weights`.
     Source: Hu et al. 2021 (LoRA, 2106.09685), 4.1; Sun et al. 2024 (FFA-LoRA, 2403.12313) for the orthonormal option.
     """
+    if init == "weights":
+        raise AdapterMismatch('lora.init = "weights" takes its directions from the base model; see from_weights')
 
-    def draw(name: str, d_in: int) -> np.ndarray:
-        if init == "uniform":
-            return rng.uniform(-(d_in**-0.5), d_in**-0.5, (spec.rank, d_in))
-        if spec.rank > d_in:
-            raise AdapterMismatch(f"{name} has {d_in} inputs, so no {spec.rank} orthonormal rows; lower lora.rank")
-        columns, upper = np.linalg.qr(rng.standard_normal((d_in, spec.rank)))
-        return (columns * np.sign(np.diag(upper))).T
+    def orthonormal(name: str, width: int) -> np.ndarray:
+        if spec.rank > width:
+            raise AdapterMismatch(f"{name} has a side of {width}, so no {spec.rank} orthonormal rows; lower lora.rank")
+        columns, upper = np.linalg.qr(rng.standard_normal((width, spec.rank)))
+        return (columns * np.sign(np.diag(upper))).astype(np.float32)
 
-    layers = {
-        name: LoraFactors(a=draw(name, d_in).astype(np.float32), b=np.zeros((d_out, spec.rank), np.float32))
-        for name, (d_in, d_out) in sorted(spec.shapes.items())
-    }
+    def draw(name: str, d_in: int, d_out: int) -> LoraFactors:
+        if spec.core:
+            core = np.zeros((spec.rank, spec.rank), np.float32)
+            return LoraFactors(a=orthonormal(name, d_in).T.copy(), b=orthonormal(name, d_out), core=core)
+        if init == "orthonormal":
+            a = orthonormal(name, d_in).T.copy()
+        else:
+            a = rng.uniform(-(d_in**-0.5), d_in**-0.5, (spec.rank, d_in)).astype(np.float32)
+        return LoraFactors(a=a, b=np.zeros((d_out, spec.rank), np.float32))
+
+    layers = {name: draw(name, d_in, d_out) for name, (d_in, d_out) in sorted(spec.shapes.items())}
+    return Adapter(layers=layers, alpha=spec.alpha, base=spec.base)
+
+
+def from_weights(frozen: FrozenModel, spec: LoraSpec) -> Adapter:
+    """Return an adapter whose a and b are the first singular vectors of each frozen map, and delta_W = 0.
+
+    With cores a, b stay and the core, zero at first, learns; without, b is zero and a begins along the map's own
+    directions. No data is looked at. Source: LoRA-XS (Balazy et al. 2024, 2405.17604), section 3; ours starts its core
+    at zero, so that a run begins at the base model.
+    """
+    layers: dict[str, LoraFactors] = {}
+    for name, (d_in, d_out) in sorted(spec.shapes.items()):
+        if spec.rank > min(d_in, d_out):
+            raise AdapterMismatch(f"{name} has a side of {min(d_in, d_out)}, less than lora.rank = {spec.rank}")
+        module: Any = frozen.model.get_submodule(name)
+        weight = module.weight.detach().float().numpy().astype(np.float64)
+        u, _, v = np.linalg.svd(weight.T if type(module).__name__ == "Conv1D" else weight, full_matrices=False)
+        a, b = v[: spec.rank].astype(np.float32), u[:, : spec.rank].astype(np.float32)
+        core = np.zeros((spec.rank, spec.rank), np.float32) if spec.core else None
+        layers[name] = LoraFactors(a=a, b=b if spec.core else np.zeros_like(b), core=core)
     return Adapter(layers=layers, alpha=spec.alpha, base=spec.base)
 
 
@@ -113,6 +152,8 @@ def check_alike(adapters: Sequence[Adapter], *, same_rank: bool = True) -> None:
         if other.layers.keys() != first.layers.keys():
             odd = sorted(other.layers.keys() ^ first.layers.keys())[:3]
             raise AdapterMismatch(f"adapter {index} and adapter 0 differ in layers, e.g. {', '.join(odd)}")
+        if has_core(other) != has_core(first):
+            raise AdapterMismatch(f"adapters 0 and {index}: one has cores, the other has none")
         if same_rank and (other.alpha, rank_of(other)) != (first.alpha, rank_of(first)):
             raise AdapterMismatch(
                 f"adapter {index} has alpha {other.alpha}, rank {rank_of(other)}; adapter 0 has {first.alpha}, "
@@ -136,36 +177,99 @@ def difference(adapter: Adapter, spec: LoraSpec) -> Difference | None:
     if adapter.alpha != spec.alpha:
         return Difference(rule="alpha", reason=f"{adapter.alpha}, ours is {spec.alpha}")
     shapes = factor_shapes(spec)
-    for name in spec.shapes:
-        factors = adapter.layers[name]
-        for tensor, values in ((f"{name}.a", factors.a), (f"{name}.b", factors.b)):
-            if values.shape != shapes[tensor]:
-                return Difference(rule="shape", tensor=tensor, reason=f"is {values.shape}, ours is {shapes[tensor]}")
-            if not np.isfinite(values).all():
-                return Difference(rule="finite", tensor=tensor, reason="holds NaN or infinity")
+    found = (_misshapen(name, adapter.layers[name], shapes) for name in spec.shapes)
+    return next((one for one in found if one), None)
+
+
+def _misshapen(layer: str, factors: LoraFactors, shapes: Mapping[str, tuple[int, int]]) -> Difference | None:
+    found = named_factors(layer, factors)
+    core = f"{layer}.core"
+    if (core in found) != (core in shapes):
+        return Difference(rule="layers", tensor=core, reason="is missing" if core in shapes else "is none of ours")
+    for tensor, values in found.items():
+        if values.shape != shapes[tensor]:
+            return Difference(rule="shape", tensor=tensor, reason=f"is {values.shape}, ours is {shapes[tensor]}")
+        if not np.isfinite(values).all():
+            return Difference(rule="finite", tensor=tensor, reason="holds NaN or infinity")
     return None
 
 
 def factor_shapes(spec: LoraSpec) -> dict[str, tuple[int, int]]:
-    """Return the shape of every factor of a spec, by `<layer>.a` and `<layer>.b`."""
+    """Return the shape of every factor of a spec, by `<layer>.a`, `<layer>.b` and, with cores, `<layer>.core`."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, (d_in, d_out) in sorted(spec.shapes.items()):
         shapes[f"{name}.a"], shapes[f"{name}.b"] = (spec.rank, d_in), (d_out, spec.rank)
+        if spec.core:
+            shapes[f"{name}.core"] = (spec.rank, spec.rank)
     return shapes
+
+
+def named_factors(layer: str, factors: LoraFactors) -> dict[str, np.ndarray]:
+    """Return the factors of one layer by `<layer>.a`, `<layer>.b` and, where there is one, `<layer>.core`."""
+    found = {f"{layer}.a": factors.a, f"{layer}.b": factors.b}
+    return found if factors.core is None else {**found, f"{layer}.core": factors.core}
+
+
+def has_core(adapter: Adapter) -> bool:
+    """Whether the layers of an adapter have cores."""
+    return any(factors.core is not None for factors in adapter.layers.values())
+
+
+def plain(adapter: Adapter) -> Adapter:
+    """Return an adapter without cores and with the same delta_W, up to float32: b @ core in the place of b."""
+    if not has_core(adapter):
+        return adapter
+    layers = {
+        name: LoraFactors(a=factors.a, b=_times_core(factors).astype(np.float32))
+        for name, factors in adapter.layers.items()
+    }
+    return Adapter(layers=layers, alpha=adapter.alpha, base=adapter.base)
+
+
+def stacked(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Adapter:
+    """Return an adapter whose delta_W is sum_k weights_k * delta_W_k, exactly: the stack, of rank sum r_k.
+
+    The rows of all a_k over each other and the columns of all weights_k * b_k side by side: b @ a = sum_k weights_k
+    b_k a_k. A weight goes on one side only; on both it would square. Scalings may differ: each s_k = alpha_k / r_k is
+    folded into its block of b, and alpha is raised with the rank. Without weights each is 1.
+
+    Source: Wang et al. 2024 (FLoRA, 2409.05976), section 3; ours keeps the stack as an adapter instead of merging it
+    into the base.
+    """
+    folded = [plain(adapter) for adapter in adapters]
+    scalings = [adapter.alpha / rank_of(adapter) for adapter in folded]
+    rank = sum(rank_of(adapter) for adapter in folded)
+    told = [1.0] * len(folded) if weights is None else weights
+    blocks = [scaling / scalings[0] * weight for scaling, weight in zip(scalings, told, strict=True)]
+    layers = {
+        name: LoraFactors(
+            a=np.concatenate([adapter.layers[name].a for adapter in folded], axis=0),
+            b=np.concatenate(
+                [block * adapter.layers[name].b for block, adapter in zip(blocks, folded, strict=True)], axis=1
+            ).astype(np.float32),
+        )
+        for name in sorted(folded[0].layers)
+    }
+    return Adapter(layers=layers, alpha=scalings[0] * rank, base=folded[0].base)
+
+
+def _times_core(factors: LoraFactors) -> np.ndarray:
+    """Return b @ core in float64, b itself without a core."""
+    b = factors.b.astype(np.float64)
+    return b if factors.core is None else b @ factors.core.astype(np.float64)
 
 
 def delta(adapter: Adapter, layer: str) -> np.ndarray:
     """Return delta_W of one layer, shape (d_out, d_in), float64. For tests and small models."""
     factors = adapter.layers[layer]
-    return (adapter.alpha / factors.a.shape[0]) * factors.b.astype(np.float64) @ factors.a.astype(np.float64)
+    return (adapter.alpha / factors.a.shape[0]) * _times_core(factors) @ factors.a.astype(np.float64)
 
 
 def sha256(adapter: Adapter) -> str:
     """Return a content hash over base, scaling, names, shapes and bytes."""
     digest = hashlib.sha256(f"{adapter.base} {adapter.alpha!r}".encode())
     for name in sorted(adapter.layers):
-        factors = adapter.layers[name]
-        for part in (factors.a, factors.b):
+        for part in named_factors(name, adapter.layers[name]).values():
             digest.update(f"{name} {part.shape}".encode())
             digest.update(np.ascontiguousarray(part, np.float32).tobytes())
     return digest.hexdigest()
@@ -173,53 +277,67 @@ def sha256(adapter: Adapter) -> str:
 
 def num_bytes(adapter: Adapter) -> int:
     """Return the size of the adapter's arrays in bytes."""
-    return sum(factors.a.nbytes + factors.b.nbytes for factors in adapter.layers.values())
+    named = (named_factors(name, factors) for name, factors in adapter.layers.items())
+    return sum(part.nbytes for parts in named for part in parts.values())
 
 
-def _config(adapter: Adapter, **fields: Any) -> Any:
+def peft_config(adapter: Adapter, **fields: Any) -> Any:
+    """Return PEFT's configuration of an adapter."""
     from peft import LoraConfig
 
     kind: Any = LoraConfig
     return kind(r=rank_of(adapter), lora_alpha=adapter.alpha, target_modules=sorted(adapter.layers), **fields)
 
 
-def attach(frozen: FrozenModel, adapter: Adapter) -> Any:
+def attach(frozen: FrozenModel, adapter: Adapter, blocks: Sequence[Adapter] = ()) -> Any:
     """Return a PEFT model over a replica of the frozen weights that carries `adapter`, in float32.
 
-    Raises: AdapterMismatch when the adapter is for another base.
+    `blocks` are carried as well, as one adapter that asks for no gradient (`BLOCKS`). Cores are folded into b.
+    Raises: AdapterMismatch when an adapter is for another base, or a block adapts other maps.
     """
     from peft import get_peft_model
 
-    if adapter.base != frozen.resolved.sha256:
-        raise AdapterMismatch(
-            f"adapter is for base {adapter.base[:12]}, {frozen.resolved.name} is {frozen.resolved.sha256[:12]}"
-        )
+    for one in (adapter, *blocks):
+        if one.base != frozen.resolved.sha256:
+            raise AdapterMismatch(
+                f"adapter is for base {one.base[:12]}, {frozen.resolved.name} is {frozen.resolved.sha256[:12]}"
+            )
+    adapter = plain(adapter)
     base = frozen.replica().model
     conv1d = any(type(base.get_submodule(name)).__name__ == "Conv1D" for name in adapter.layers)
-    model: Any = get_peft_model(base, _config(adapter, lora_dropout=0.0, fan_in_fan_out=conv1d))
+    fields: dict[str, Any] = {"lora_dropout": 0.0, "fan_in_fan_out": conv1d}
+    model: Any = get_peft_model(base, peft_config(adapter, **fields))
     write(model, adapter)
+    if blocks:
+        check_alike([adapter, *map(plain, blocks)], same_rank=False)
+        under = low_rank.compact(stacked(blocks))
+        model.add_adapter(BLOCKS, peft_config(under, **fields))
+        write(model, under, place=BLOCKS)
+        model.base_model.set_adapter([ADAPTER, BLOCKS])
+        for weight in parameters(model, place=BLOCKS).values():
+            weight.requires_grad_(False)
     return model
 
 
-def parameters(model: Any) -> dict[str, Any]:
+def parameters(model: Any, *, place: str = ADAPTER) -> dict[str, Any]:
     """Return the LoRA parameters of a PEFT model by `<module path>.a` and `.b`, in sorted order."""
     found: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         path = name.removeprefix(PEFT_PREFIX)
-        for marker, factor in ((".lora_A.default.weight", ".a"), (".lora_B.default.weight", ".b")):
+        for marker, factor in ((f".lora_A.{place}.weight", ".a"), (f".lora_B.{place}.weight", ".b")):
             if path.endswith(marker):
                 found[path.removesuffix(marker) + factor] = parameter
     return dict(sorted(found.items()))
 
 
-def write(model: Any, adapter: Adapter) -> None:
+def write(model: Any, adapter: Adapter, *, place: str = ADAPTER) -> None:
     """Copy an adapter's numbers into a PEFT model of the same layers and rank.
 
     Raises: AdapterMismatch, before anything is written, when a layer or a shape differs: torch would broadcast.
     """
     import torch
 
-    slots = parameters(model)
+    slots = parameters(model, place=place)
     if {name.rsplit(".", 1)[0] for name in slots} != set(adapter.layers):
         raise AdapterMismatch("the model's adapted layers are not the adapter's layers")
     for name, factors in adapter.layers.items():
@@ -240,55 +358,6 @@ def read(model: Any, *, alpha: float, base: str) -> Adapter:
     return Adapter(layers=layers, alpha=alpha, base=base)
 
 
-def save_peft(adapter: Adapter, folder: Path, *, base_name: str, dtype: str = "float32") -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, loadable by `PeftModel.from_pretrained`.
-
-    Guarantee: equal adapters under equal names give equal bytes.
-    Raises: NotFinite before anything is written; DiskFull, RunInvalid, and each file is then whole or as it was.
-    """
-    import torch
-    from safetensors.torch import save
-
-    tensors: dict[str, Any] = {}
-    for name, factors in sorted(adapter.layers.items()):
-        if not (np.isfinite(factors.a).all() and np.isfinite(factors.b).all()):
-            raise NotFinite(f"{name} holds NaN or infinity; such an adapter is neither kept nor sent")
-        tensors[f"{PEFT_PREFIX}{name}{_A}"] = torch.from_numpy(np.array(factors.a)).to(getattr(torch, dtype))
-        tensors[f"{PEFT_PREFIX}{name}{_B}"] = torch.from_numpy(np.array(factors.b)).to(getattr(torch, dtype))
-    file = save(tensors, metadata={"format": "pt", "stillroom_base": adapter.base})
-    disk.replace(folder / "adapter_model.safetensors", _with_sorted_header(file))
-    config = _config(adapter, base_model_name_or_path=base_name, task_type="CAUSAL_LM", inference_mode=True)
-    text = json.dumps(_plain(config.to_dict()), indent=2, sort_keys=True)
-    disk.replace(folder / "adapter_config.json", (text + "\n").encode())
-
-
-def load_peft(folder: Path, *, base: str | None = None) -> Adapter:
-    """Return the adapter of a PEFT directory. `base` is the hash of its base model when the file does not say.
-
-    Raises: AdapterMismatch when a tensor is not a LoRA factor, a factor is alone, or the base is not known.
-    """
-    from safetensors import safe_open
-
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as handle:
-        known_base = (handle.metadata() or {}).get("stillroom_base") or base
-        for key in sorted(handle.keys()):
-            path = key.removeprefix(PEFT_PREFIX)
-            factor = "a" if path.endswith(_A) else "b" if path.endswith(_B) else ""
-            if not factor:
-                raise AdapterMismatch(f"{folder}: tensor {key!r} is no LoRA factor; only plain LoRA is loaded")
-            name = path.removesuffix(_A).removesuffix(_B)
-            parts.setdefault(name, {})[factor] = handle.get_tensor(key).float().numpy()
-    if known_base is None:
-        raise AdapterMismatch(f"{folder} does not say which base it is for; pass its hash")
-    for name, found in parts.items():
-        if found.keys() != {"a", "b"}:
-            raise AdapterMismatch(f"{folder}: layer {name} has only factor {', '.join(found)}")
-    layers = {name: LoraFactors(a=found["a"], b=found["b"]) for name, found in parts.items()}
-    return Adapter(layers=layers, alpha=float(config["lora_alpha"]), base=known_base)
-
-
 def linear_shape(module: Any) -> tuple[int, int] | None:
     """Return (d_in, d_out) of a linear map, GPT-2's Conv1D included; None for any other module."""
     import torch
@@ -303,22 +372,3 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
 def _block(name: str) -> int:
     """Return the number of the decoder block in a module path, -1 outside of any block."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
-
-
-def _with_sorted_header(file: bytes) -> bytes:
-    """Return a safetensors file with its header in order: the library writes the metadata in a random one."""
-    size = int.from_bytes(file[:8], "little")
-    header = json.dumps(json.loads(file[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)
-    return len(header).to_bytes(8, "little") + header + file[8 + size :]
-
-
-def _plain(value: Any) -> Any:
-    """Return JSON-ready data: sets become sorted lists, enums their value."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(str(item) for item in value)
-    return getattr(value, "value", value)

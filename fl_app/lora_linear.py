@@ -3,6 +3,9 @@
     out = x W' + bias + s * (x A') B'            (' is transposed, s = alpha / r)
     u = s * g B;   dx = g W + u A;   dA = u' x;   dB = s * g' (x A')
 
+Where the model carries frozen blocks, their rows stand below A and their columns beside B: they are part of the
+products, of dx, and of nothing else.
+
 PEFT builds the same from six modules, adds their outputs, and saves an activation for each. One node needs no sum of
 its own and keeps x and x A' alone. What becomes of the factors' gradients is the caller's business: a `Sink` gets the
 four matrices they are products of, so that a learner can form them per row and a tuner for the batch.
@@ -25,12 +28,15 @@ from fl_app.errors import AdapterMismatch
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-ADAPTER = "default"
+ADAPTER, BLOCKS = lora.ADAPTER, lora.BLOCKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoraLayer:
-    """One adapted map. `name` is its path in the base model; `transposed`: GPT-2's Conv1D, whose weight is (I, O)."""
+    """One adapted map. `name` is its path in the base model; `transposed`: GPT-2's Conv1D, whose weight is (I, O).
+
+    `under` are the factors of frozen blocks, None without any: a (R, I), and b (O, R) in the scaling of this layer.
+    """
 
     name: str
     weight: Any
@@ -39,6 +45,7 @@ class LoraLayer:
     b: Any
     scaling: float
     transposed: bool
+    under: tuple[Any, Any] | None = None
 
 
 class Sink(Protocol):
@@ -89,7 +96,7 @@ def _layer(name: str, module: Any) -> LoraLayer:
     a, b, base = module.lora_A[ADAPTER], module.lora_B[ADAPTER], module.base_layer
     dropout = module.lora_dropout[ADAPTER]
     plain = isinstance(dropout, torch.nn.Identity) and a.bias is None and b.bias is None
-    if not plain or module.use_dora.get(ADAPTER) or len(module.lora_A) != 1 or module.merged:
+    if not plain or module.use_dora.get(ADAPTER) or not set(module.lora_A) <= {ADAPTER, BLOCKS} or module.merged:
         raise AdapterMismatch(f"{name} is not plain LoRA (dropout 0, no DoRA, no bias, one adapter, not merged)")
     transposed = type(base).__name__ == "Conv1D"
     if not transposed and not isinstance(base, torch.nn.Linear):
@@ -102,7 +109,14 @@ def _layer(name: str, module: Any) -> LoraLayer:
         b=b.weight,
         scaling=float(module.scaling[ADAPTER]),
         transposed=transposed,
+        under=_under(module) if BLOCKS in module.lora_A else None,
     )
+
+
+def _under(module: Any) -> tuple[Any, Any]:
+    """Return the frozen factors of a PEFT module, b in the scaling of the trained ones."""
+    ratio = float(module.scaling[BLOCKS]) / float(module.scaling[ADAPTER])
+    return module.lora_A[BLOCKS].weight.detach(), module.lora_B[BLOCKS].weight.detach() * ratio
 
 
 def _row_by_row(x_BTI: Any, thin_Ir: Any) -> Any:
@@ -126,6 +140,9 @@ def _node() -> Any:
         @staticmethod
         def forward(ctx: Any, x_BTI: Any, a_rI: Any, b_Or: Any, layer: LoraLayer, sink: Sink) -> Any:
             x_NI = x_BTI.reshape(-1, x_BTI.shape[-1])
+            ctx.own = a_rI.shape[0]
+            if layer.under is not None:
+                a_rI, b_Or = torch.cat([a_rI, layer.under[0]]), torch.cat([b_Or, layer.under[1]], dim=1)
             a_rI, b_rO = a_rI.to(x_NI.dtype), b_Or.t().to(x_NI.dtype).contiguous()
             weight_IO = layer.weight if layer.transposed else layer.weight.t()
             out_NO = x_NI @ weight_IO if layer.bias is None else torch.addmm(layer.bias, x_NI, weight_IO)
@@ -141,8 +158,9 @@ def _node() -> Any:
             slope_BTO = slopes[0]
             slope_NO = slope_BTO.reshape(-1, slope_BTO.shape[-1])
             u_Nr = _row_by_row(slope_BTO, b_rO.t()).mul_(ctx.layer.scaling)
-            rows = x_BTI.shape[:-1]
-            ctx.sink(ctx.layer, x_BTI, low_Nr.view(*rows, -1), u_Nr.view(*rows, -1), slope_NO.view(*rows, -1))
+            rows, own = x_BTI.shape[:-1], ctx.own
+            low_BTr, u_BTr = low_Nr.view(*rows, -1)[..., :own], u_Nr.view(*rows, -1)[..., :own]
+            ctx.sink(ctx.layer, x_BTI, low_BTr, u_BTr, slope_NO.view(*rows, -1))
             dx_BTI = None
             if ctx.needs_input_grad[0]:
                 dx_BTI = (slope_NO @ weight_IO.t()).addmm_(u_Nr, a_rI).view_as(x_BTI)

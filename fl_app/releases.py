@@ -1,6 +1,6 @@
 """What a site releases, as files and as a hash: the same for every kind, on both sides of the wire.
 
-    adapter      PEFT format (`lora.save_peft`), hash of `lora.sha256`
+    adapter      PEFT format (`peft_files.save`), hash of `lora.sha256`
     vector       arrays.safetensors, one array a name
     histogram    arrays.safetensors with `counts`, bins.json
     text         texts.jsonl, one {"code", "text"} a line
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fl_app import disk, journal, lora
+from fl_app import disk, journal, lora, peft_files
 from fl_app.errors import RunInvalid
 from fl_app.types import AdapterRelease, CodedText, HistogramRelease, TextRelease, VectorRelease
 
@@ -56,7 +56,7 @@ def save(release: Release, survey: VectorRelease | None, folder: Path, *, base_n
     folder.mkdir(parents=True, exist_ok=True)
     match release:
         case AdapterRelease():
-            lora.save_peft(release.adapter, folder, base_name=base_name)
+            peft_files.save(release.adapter, folder, base_name=base_name)
         case VectorRelease():
             save_vectors(release.vectors, folder / ARRAYS)
         case HistogramRelease():
@@ -72,7 +72,7 @@ def load(folder: Path) -> tuple[Release, VectorRelease | None]:
     """Return the release in a folder and what came beside it. Raises: RunInvalid when there is none."""
     survey = VectorRelease(vectors=load_vectors(folder / SURVEY)) if (folder / SURVEY).is_file() else None
     if (folder / "adapter_config.json").is_file():
-        return AdapterRelease(adapter=lora.load_peft(folder)), survey
+        return AdapterRelease(adapter=peft_files.load(folder)), survey
     if (folder / TEXTS).is_file():
         rows = journal.read_lines(folder / TEXTS)
         return TextRelease(texts=tuple(CodedText(code=row["code"], text=row["text"]) for row in rows)), survey

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 Relation: TypeAlias = Literal["add_or_remove_one"]
 Composition: TypeAlias = Literal["fixed_schedule", "renyi_filter"]
 """How a site's ledger adds up: `fixed_schedule` by PLD and a plan, `renyi_filter` under a Renyi filter as well."""
+Factor: TypeAlias = Literal["a", "b", "core"]
+"""One of the matrices of an adapted map."""
+
+Precision: TypeAlias = Literal["float32", "float16", "int8"]
+"""How the numbers of an adapter travel."""
+
 ReleaseKind: TypeAlias = Literal["adapter", "vector", "histogram", "text"]
 RefusalCode: TypeAlias = Literal["budget_spent", "policy", "ledger", "rows", "model", "internal"]
 
@@ -37,11 +43,13 @@ REFUSAL_CODES: tuple[RefusalCode, ...] = ("budget_spent", "policy", "ledger", "r
 class LoraFactors:
     """One adapted linear map.
 
-    Shapes: a (r, d_in), b (d_out, r), both float32; delta_W = (alpha / r) * b @ a, shape (d_out, d_in).
+    Shapes: a (r, d_in), b (d_out, r), core (r, r) or None for the identity, all float32;
+    delta_W = (alpha / r) * b @ core @ a, shape (d_out, d_in).
     """
 
     a: Floats
     b: Floats
+    core: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,9 +122,14 @@ class DpReceipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AdapterRelease:
-    """A DP-trained adapter."""
+    """A DP-trained adapter. `scalars` are the noisy slopes that it was made of, where a zeroth-order learner made it:
+    they travel in its place, and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`).
+
+    Shapes: scalars (steps,) float32.
+    """
 
     adapter: Adapter
+    scalars: Floats | None = None
     kind: Literal["adapter"] = "adapter"
 
 
@@ -171,6 +184,8 @@ class Material:
 class ReleaseSpec:
     """What a site's release must look like, as far as the configuration says; `None` asks no site for anything.
 
+    `factors` of an adapter travel, at `precision`; the others are those of the broadcast.
+
     `vectors`: names and lengths of a vector release, or of a histogram its one entry. `codes`, `max_texts` and
     `max_bytes` (of one text, UTF-8) bound a text release. `survey`: names and lengths of what is summed once.
     """
@@ -181,6 +196,8 @@ class ReleaseSpec:
     max_texts: int = 0
     max_bytes: int = 0
     survey: Mapping[str, int] = field(default_factory=dict[str, int])
+    factors: tuple[Factor, ...] = ("a", "b")
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -266,12 +283,19 @@ class Merged:
     """The aggregate of one round. `rejected` maps a site to the rule its upload broke.
 
     `cost` is None unless the aggregator itself made the adapter private at client level.
+
+    `adapter` is the aggregate of what the sites trained, on top of the broadcast's blocks. Where a run carries it on,
+    the next round trains `start` (None: `adapter` itself) on top of those blocks and `blocks`.
+
+    Guarantee: delta_W(adapter) = delta_W(start) + sum of delta_W(blocks), up to float32.
     """
 
     adapter: Adapter
     used: tuple[str, ...]
     rejected: Mapping[str, str] = field(default_factory=dict[str, str])
     cost: ClientLevelCost | None = None
+    start: Adapter | None = None
+    blocks: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +356,9 @@ class Broadcast:
 
     `head` is the last head that the server saw from the very site it writes to, empty when there was none; a site
     whose ledger does not contain it was rolled back, and refuses.
+
+    `adapter` is what sites train; `blocks` are adapters under it that stay as they are: the model of the round is the
+    base with the sum of all their delta_W.
     """
 
     run: str
@@ -340,6 +367,7 @@ class Broadcast:
     config_digest: str
     head: str = ""
     material: Material = field(default_factory=Material)
+    blocks: tuple[Adapter, ...] = ()
 
     @property
     def named(self) -> str:

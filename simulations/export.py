@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fl_app import lora, models
+from fl_app import lora, models, peft_files
 from fl_app.errors import RunInvalid, StillroomError
 
 
@@ -24,7 +24,7 @@ def export(run: Path, out: Path) -> Path:
         raise RunInvalid(f"{run} holds no target: the run has not finished a round")
     name = str(json.loads(summary.read_text(encoding="utf-8"))["models"]["local"]["name"])
     frozen = models.load(name, "float32")
-    merged: Any = lora.attach(frozen.replica(own_weights=True), lora.load_peft(target)).merge_and_unload()
+    merged: Any = lora.attach(frozen.replica(own_weights=True), peft_files.load(target)).merge_and_unload()
     merged.save_pretrained(out)
     frozen.tokenizer.save_pretrained(out)
     (out / "README.md").write_text((target / "README.md").read_text(encoding="utf-8"), encoding="utf-8")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from fl_app import lora, models, sequences
+from fl_app import lora, models, peft_files, sequences
 from fl_app.config import LoraSection
 from fl_app.errors import StillroomError
 from fl_app.journal import read_lines
@@ -132,7 +132,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
     else:
         adapter = tuning(fresh, public_lessons(arguments), rng)
     lab.close()
-    lora.save_peft(adapter, arguments.out, base_name=arguments.model, dtype="bfloat16")
+    peft_files.save(adapter, arguments.out, base_name=arguments.model, dtype="bfloat16")
     console.print(f"adapter: {arguments.out}")
 
 

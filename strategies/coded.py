@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import Field
 
-from fl_app import journal, lora
+from fl_app import journal, peft_files
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import CodedText, ControlCode, Draft, Origin
@@ -126,7 +126,7 @@ def fixed_adapter(lab: Lab, directory: str) -> Adapter | None:
             f"server.synthesizer.writer: no PEFT adapter in {folder}; give a folder such as runs/<id>/rounds/1/merged, "
             "or leave it empty"
         )
-    return lora.load_peft(folder, base=lab.local.resolved.sha256)
+    return peft_files.load(folder, base=lab.local.resolved.sha256)
 
 
 def asked_for(model: TextModel, code: ControlCode, template: str, shots: Sequence[str] = ()) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from fl_app import journal, lora, models, text
+from fl_app import journal, lora, models, peft_files, text
 from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
@@ -208,7 +208,7 @@ def _start(shared: SharedConfig, spec: LoraSpec) -> Adapter:
         raise ConfigInvalid(
             f"lora.start: no PEFT adapter in {folder}; make one with `make professional`, or leave it empty"
         )
-    adapter = lora.load_peft(folder, base=spec.base)
+    adapter = peft_files.load(folder, base=spec.base)
     lora.check_spec(adapter, spec)
     return adapter
 
@@ -221,7 +221,7 @@ def _professional_adapter(section: ProfessionalSection, frozen: FrozenModel) -> 
         raise ConfigInvalid(
             f"server.professional.adapter: no PEFT adapter in {folder}; make one with `make professional`"
         )
-    return lora.load_peft(folder, base=frozen.resolved.sha256)
+    return peft_files.load(folder, base=frozen.resolved.sha256)
 
 
 def _public_words(section: ProfessionalSection) -> frozenset[str]:

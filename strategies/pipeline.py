@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fl_app import journal, lora, releases, votes
+from fl_app import journal, lora, peft_files, releases, votes
 from fl_app.errors import RoundFailed
 from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_site
@@ -204,7 +204,7 @@ class Pipeline:
         self.records.append(record)
         if self.checkpoint.find(number, "publish") is None:
             journal.write_json(folder / "record.json", record)
-            lora.save_peft(target, self.journal.directory / "target", base_name=self.shared.model.name)
+            peft_files.save(target, self.journal.directory / "target", base_name=self.shared.model.name)
             self.note("target_published", number, object_sha256=lora.sha256(target))
             self.checkpoint.commit(number, "publish", files=[folder / "record.json"], value={}, seconds=0.0)
             self.journal.event(
@@ -268,7 +268,7 @@ class Pipeline:
     def _aggregate(self, number: int, judged: Judged, folder: Path, seconds: dict[str, float]) -> Merged:
         def work() -> Made:
             merged = self._merged(number, judged)
-            lora.save_peft(merged.adapter, folder / "merged", base_name=self.shared.model.name)
+            peft_files.save(merged.adapter, folder / "merged", base_name=self.shared.model.name)
             cost = merged.cost
             told = cost and {**asdict(cost), "receipt": receipt_to_dict(cost.receipt)}
             value = {"used": merged.used, "rejected": dict(merged.rejected), "cost": told}
@@ -276,7 +276,7 @@ class Pipeline:
 
         value = self._phase(number, "aggregate", seconds, work).value
         merged = Merged(
-            adapter=lora.load_peft(folder / "merged"),
+            adapter=peft_files.load(folder / "merged"),
             used=tuple(value["used"]),
             rejected={**{site: str(broken) for site, broken in judged.rejected.items()}, **value["rejected"]},
             cost=readback.cost(value["cost"]),
@@ -330,11 +330,11 @@ class Pipeline:
     def _tune(self, number: int, lessons: Sequence[Lesson], folder: Path, seconds: dict[str, float]) -> Adapter:
         def work() -> Made:
             target = self.stages.tuner(self.target, (*self.lessons, *lessons), self._rng("tune", number))
-            lora.save_peft(target, folder / "target", base_name=self.shared.model.name)
+            peft_files.save(target, folder / "target", base_name=self.shared.model.name)
             return Made(files=[folder / "target"])
 
         self._phase(number, "tune", seconds, work)
-        return lora.load_peft(folder / "target")
+        return peft_files.load(folder / "target")
 
     def _examine(self, number: int, models: Mapping[str, TextModel], seconds: dict[str, float]) -> None:
         def work() -> Made:

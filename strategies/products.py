@@ -18,7 +18,7 @@ import numpy as np
 
 from fl_app import lora
 from fl_app.errors import AdapterMismatch
-from fl_app.types import Adapter, AdapterRelease, LoraFactors
+from fl_app.types import Adapter, AdapterRelease
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,31 +66,6 @@ def distance(left: Adapter, right: Adapter) -> float:
     Guarantee: 0 for equal adapters; else exact to about 1e-8 of the larger of the two terms above, in float64.
     """
     return math.sqrt(sum(max(0.0, _squared(left, right, layer)) for layer in sorted(left.layers)))
-
-
-def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Return an adapter whose delta_W is sum_k weights_k * delta_W_k, exactly: the stack, of rank sum r_k.
-
-    The rows of all a_k over each other and the columns of all weights_k * b_k side by side: b @ a = sum_k weights_k
-    b_k a_k. A weight goes on one side only; on both it would square. Scalings may differ: each s_k = alpha_k / r_k is
-    folded into its block of b, and alpha is raised with the rank.
-
-    Source: Wang et al. 2024 (FLoRA, 2409.05976), section 3; ours keeps the stack as an adapter instead of merging it
-    into the base.
-    """
-    scalings = [adapter.alpha / lora.rank_of(adapter) for adapter in adapters]
-    rank = sum(lora.rank_of(adapter) for adapter in adapters)
-    blocks = [scaling / scalings[0] * weight for scaling, weight in zip(scalings, weights, strict=True)]
-    layers = {
-        name: LoraFactors(
-            a=np.concatenate([adapter.layers[name].a for adapter in adapters], axis=0),
-            b=np.concatenate(
-                [block * adapter.layers[name].b for block, adapter in zip(blocks, adapters, strict=True)], axis=1
-            ).astype(np.float32),
-        )
-        for name in sorted(adapters[0].layers)
-    }
-    return Adapter(layers=layers, alpha=scalings[0] * rank, base=adapters[0].base)
 
 
 def _squared(left: Adapter, right: Adapter, layer: str) -> float:

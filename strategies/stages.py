@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from fl_app.config import LoraInit
     from fl_app.types import (
         Adapter,
         Broadcast,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class Setting:
     """What an aggregator may know of its run before it begins: constants of the configuration, and its directory.
 
-    `sites` is the size of the cohort as configured, never how many came; `directory` is the run directory.
+    `sites` is the size of the cohort as configured, never how many came; `directory` is the run directory; `init` is
+    how a fresh adapter is drawn (`lora.initial`).
     """
 
     run: str
@@ -41,6 +43,7 @@ class Setting:
     rounds: int
     sites: int
     directory: Path
+    init: LoraInit = "uniform"
 
 
 class Aggregator(Protocol):

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from clients.dp_steps import DpAdapterLearner, DpStepsSection
 from clients.rollouts import continued, stream_of
-from fl_app import lora, models
+from fl_app import lora, models, peft_files
 from fl_app.config import Section
 from fl_app.distillation import DistilLoss, Teacher, Weights, check_pair
 from fl_app.errors import ConfigInvalid
@@ -84,7 +84,7 @@ class Course:
         dtype: Any = str(bench.model.model.dtype).removeprefix("torch.")
         told = section.teacher
         frozen = models.load(told.model, dtype) if told.model else bench.model
-        adapter = lora.load_peft(Path(told.adapter), base=frozen.resolved.sha256) if told.adapter else None
+        adapter = peft_files.load(Path(told.adapter), base=frozen.resolved.sha256) if told.adapter else None
         tokenizer = bench.model.tokenizer
         check_pair(bench.model.model, tokenizer, frozen.model, frozen.tokenizer, where="client.learner.teacher")
         self._section = section

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import PlainValidator
 
+from fl_app import lora
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import Merged
@@ -101,4 +102,4 @@ class BoundedMean:
         rest = sum(1 - scale for scale in scales) / len(scales)
         if rest > 0:
             voices, weights = [*voices, start], [*weights, rest]
-        return Merged(adapter=products.weighted_sum(voices, weights), used=tuple(adapters))
+        return Merged(adapter=lora.stacked(voices, weights), used=tuple(adapters))

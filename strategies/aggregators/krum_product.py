@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from fl_app import lora
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import Merged
@@ -77,7 +78,7 @@ class Krum:
             )
         scored = scores(adapters, hostile=self.section.hostile)
         chosen = sorted(sorted(scored, key=lambda site: (scored[site], site))[:keep])
-        merged = products.weighted_sum([adapters[site] for site in chosen], [1 / keep] * keep)
+        merged = lora.stacked([adapters[site] for site in chosen], [1 / keep] * keep)
         told = f"krum: not among the {keep} nearest to the others"
         return Merged(
             adapter=merged, used=tuple(chosen), rejected={site: told for site in adapters if site not in chosen}

@@ -1,7 +1,7 @@
 """The exact mean of the products B @ A, as one stacked adapter.
 
 With weights p_k = 1/K the stack is A = rows of all A_k, B = columns of all p_k B_k: B @ A = sum_k p_k B_k A_k
-(`strategies.products.weighted_sum`).
+(`fl_app.lora.stacked`).
 
 Source: Wang et al. 2024 (FLoRA, 2409.05976), section 3; ours keeps the stack as an adapter instead of merging it into
 the base, and takes equal public weights.
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 from fl_app import lora
 from fl_app.config import Section
 from fl_app.types import AdapterRelease, Merged
-from strategies import products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,5 +42,5 @@ def mean_product(uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:  # 
     if not adapters:
         raise ValueError("no adapter to aggregate")
     lora.check_alike(adapters, same_rank=False)
-    merged = products.weighted_sum(adapters, [1 / len(adapters)] * len(adapters))
+    merged = lora.stacked(adapters, [1 / len(adapters)] * len(adapters))
     return Merged(adapter=merged, used=tuple(upload.site for upload in ordered))

@@ -23,7 +23,6 @@ from fl_app import lora
 from fl_app.config import read_tree
 from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
 from fl_app.types import Adapter, AdapterRelease, Broadcast, LoraFactors, Upload
-from strategies import products
 from strategies.aggregators import AnyAggregator
 from strategies.aggregators.krum_product import KrumProduct, scores
 from strategies.aggregators.mean_factors import mean_factors
@@ -287,7 +286,7 @@ def _median_bound(honest: Sequence[Adapter]) -> float:
 def test_an_update_of_honest_length_counts_in_full_whatever_its_direction() -> None:
     """What the module does not claim: turned around in products, it takes the mean back by exactly 2 N / n."""
     honest = [_adapter(3, near=START, size=0.5)] * 5
-    back = products.weighted_sum([START, honest[0]], [2.0, -1.0])
+    back = lora.stacked([START, honest[0]], [2.0, -1.0])
 
     merged = _merge({"kind": "bounded_mean_product"}, [back, *honest[1:]]).adapter
 

@@ -27,7 +27,7 @@ from clients import local_round
 from clients.config import read_client
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
-from fl_app import client_app, lora, models
+from fl_app import client_app, lora, models, peft_files
 from fl_app.config import LoraSection, read_tree, shared
 from fl_app.errors import StillroomError
 from fl_app.seeds import stream
@@ -189,7 +189,7 @@ def site_complaint(site: Site, answer: Any, trainings: int) -> str:
         return f"{trainings} trainings, {learned(site)} in the ledger"
     for place in releases(site):
         try:
-            lora.load_peft(place)
+            peft_files.load(place)
         except Exception as error:  # noqa: BLE001 - whatever a torn file makes a library say
             return f"{place} is torn: {error}"
     return ""
@@ -276,7 +276,7 @@ def torn(directory: Path) -> list[str]:
             elif path.suffix == ".toml":
                 tomllib.loads(path.read_text(encoding="utf-8"))
             elif path.suffix == ".safetensors" and (path.parent / "adapter_config.json").is_file():
-                lora.load_peft(path.parent)
+                peft_files.load(path.parent)
         except Exception as error:  # noqa: BLE001 - whatever a torn file makes a library say
             found.append(f"{path}: {error}")
     return found

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Message
 
-from fl_app import lora, models, wire
+from fl_app import lora, models, peft_files, wire
 from fl_app.config import read_tree, shared
 from fl_app.privacy.accountants import pld
 from fl_app.types import (
@@ -106,7 +106,7 @@ class Played:
         hashes = self.record["hashes"]
         names = ("merged", "target", "drafts.jsonl", "screened.json", "lessons.jsonl")
         return {
-            "file": lora.sha256(lora.load_peft(self.directory / "target")),
+            "file": lora.sha256(peft_files.load(self.directory / "target")),
             **{name: hashes[name] for name in names},
         }
 

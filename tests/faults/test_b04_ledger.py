@@ -23,7 +23,7 @@ import pytest
 from clients import desk, local_round, outbox
 from clients.config import read_client
 from clients.local_round import Settings, Site
-from fl_app import lora
+from fl_app import lora, peft_files
 from fl_app.config import shared
 from fl_app.errors import BudgetSpent, LedgerCorrupt, LedgerRefusal
 from fl_app.privacy import book as rules
@@ -108,7 +108,7 @@ class Careless(Story):
         ledger = opened(self.folder)
         for number in (1, 2):
             place = self.folder / "outbox" / "r" / f"round-{number}"
-            lora.save_peft(adapter(number), place, base_name="tiny")
+            peft_files.save(adapter(number), place, base_name="tiny")
             self.granted.append(f"release {number}")
             ledger.commit(ledger.reserve(**asked(number)).id, sha256=lora.sha256(adapter(number)))
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fl_app import disk, journal, lora
+from fl_app import disk, journal, lora, peft_files
 from fl_app.errors import DiskFull, RunInvalid, StillroomError
 from fl_app.origin import ROOT
 from fl_app.types import Upload
@@ -153,7 +153,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "lines": lambda folder: journal.write_lines(folder / "drafts.jsonl", [{"a": 1}]),
     "toml": lambda folder: journal.write_toml(folder / "config.toml", {"a": 1}),
     "event": lambda folder: journal.Journal(folder).event("x", a=1),
-    "adapter": lambda folder: lora.save_peft(full_disk.some_adapter(2), folder, base_name="tiny-random"),
+    "adapter": lambda folder: peft_files.save(full_disk.some_adapter(2), folder, base_name="tiny-random"),
 }
 
 
@@ -232,7 +232,7 @@ def test_a_run_does_not_begin_without_a_fifth_to_spare(
 def test_the_estimate_is_above_what_a_run_takes_and_not_far(tmp_path: Path, run_config: dict[str, str]) -> None:
     serve(tmp_path / "run", run_config)
     used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    adapter = lora.num_bytes(lora.load_peft(tmp_path / "run" / "target"))
+    adapter = lora.num_bytes(peft_files.load(tmp_path / "run" / "target"))
     estimate = journal.run_bytes(rounds=1, sites=2, adapter_bytes=adapter, text_bytes=9 * 1000)
     assert used <= estimate <= used + journal.FIXED_BYTES + 8 * journal.FILE_BYTES
     ten = journal.run_bytes(rounds=10, sites=2, adapter_bytes=adapter, text_bytes=9 * 1000)

@@ -18,7 +18,7 @@ from clients import local_round
 from clients.config import read_client
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
-from fl_app import inference, lora, models, sequences
+from fl_app import inference, lora, models, peft_files, sequences
 from fl_app.config import shared
 from fl_app.errors import NotFinite, RoundFailed, StillroomError
 from fl_app.seeds import stream
@@ -339,10 +339,10 @@ def test_an_exam_of_a_broken_model_is_a_typed_error_and_no_score(value: float, f
 @bar
 @each_kind
 def test_an_adapter_that_is_no_number_is_never_written(value: float, start: Adapter, tmp_path: Any) -> None:
-    lora.save_peft(start, tmp_path / "target", base_name="tiny-random")
+    peft_files.save(start, tmp_path / "target", base_name="tiny-random")
     before = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
     with pytest.raises(NotFinite, match="holds NaN or infinity"):
-        lora.save_peft(with_one(start, value), tmp_path / "target", base_name="tiny-random")
+        peft_files.save(with_one(start, value), tmp_path / "target", base_name="tiny-random")
     assert {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()} == before
 
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from flwr.app import ArrayRecord
 
-from fl_app import client_app, journal, lora
+from fl_app import client_app, journal, lora, peft_files
 from fl_app.config import read_tree, shared
 from fl_app.types import Draft, Lesson, LoraFactors, Origin
 from simulations import launch
@@ -172,7 +172,7 @@ def soaked(place: Path, rounds: int, *more: str, still: bool = True) -> Soaked:
         patch.setattr(launch, "RUNS", place / "runs")
         patch.setattr(os, "fsync", lambda _: None)  # no power fails here, and waiting for a disk tells nothing
         watch = soak("soak", rounds, *more, still=still, every=every)
-    adapter = lora.num_bytes(lora.load_peft(watch.directory / "target"))
+    adapter = lora.num_bytes(peft_files.load(watch.directory / "target"))
     home = place / "build" / "sites" / "soak" / "0"
     return Soaked(
         watch=watch,

@@ -25,7 +25,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from clients import local_round, outbox
 from clients.dp_steps import DpAdapterLearner
-from fl_app import lora, sequences
+from fl_app import lora, peft_files, sequences
 from fl_app.errors import StillroomError
 from fl_app.origin import ROOT
 from fl_app.privacy import gaussian
@@ -267,7 +267,7 @@ class Cases:
     @staticmethod
     def safetensors(patch: pytest.MonkeyPatch, home: Path) -> None:
         when = lambda _adapter, folder, **_: str(home) in str(folder)  # noqa: E731
-        patch.setattr(lora, "save_peft", raising(lora.save_peft, OSError, home, when=when))
+        patch.setattr(peft_files, "save", raising(peft_files.save, OSError, home, when=when))
 
     @staticmethod
     def outbox(patch: pytest.MonkeyPatch, home: Path) -> None:

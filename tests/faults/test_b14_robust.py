@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from fl_app import lora, sequences, wire
+from fl_app import lora, peft_files, sequences, wire
 from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid
 from fl_app.seeds import stream
@@ -162,7 +162,7 @@ def uploads(clean: Played, frozen: FrozenModel, lab: Lab) -> Round:
     spec = lora.spec_of(frozen, LoraSection(rank=4, alpha=8.0, targets=("q_proj", "v_proj")))
     start = lora.initial(spec, stream(0, "initial adapter"))
     releases = clean.directory / "rounds" / "1" / "releases"
-    honest = {site: lora.load_peft(releases / site) for site in SITES}
+    honest = {site: peft_files.load(releases / site) for site in SITES}
     prompts = sorted({draft["origin"]["prompt"] for draft in clean.drafts})[:8]
     examples = [sequences.encode(frozen.tokenizer, prompt, 4 * TRIGGER, max_tokens=192) for prompt in prompts]
     tuning = Sft(kind="sft", epochs=60, learning_rate=0.02, batch_size=8, max_grad_norm=100.0).build(lab)
@@ -193,8 +193,8 @@ def _play(name: str, options: Mapping[str, Any], *more: str, attack: str = "", s
         summary=summary,
         drafts=tuple(json.loads(line) for line in (folder / "drafts.jsonl").read_text().splitlines()),
         kept=tuple(json.loads((folder / "screened.json").read_text())["kept"]),
-        merged=lora.load_peft(folder / "merged"),
-        target=lora.load_peft(prepared.directory / "target"),
+        merged=peft_files.load(folder / "merged"),
+        target=peft_files.load(prepared.directory / "target"),
     )
 
 

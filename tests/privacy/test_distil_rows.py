@@ -13,7 +13,7 @@ from clients.per_example import Engine, clipped_sum
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.rollouts import continued
 from clients.stages import PublicConstants, Workbench
-from fl_app import lora, sequences
+from fl_app import lora, peft_files, sequences
 from fl_app.config import LoraSection
 from fl_app.distillation import DistilLoss, Teacher, Weights
 from fl_app.errors import ConfigInvalid, ModelMissing
@@ -392,7 +392,7 @@ def test_a_teachers_adapter_is_read_from_its_folder(
     frozen: FrozenModel, learned: Make, tmp_path: Path, gradients: list[np.ndarray]
 ) -> None:
     """A student equal to its teacher has nothing to learn from it; equal to the base, it has."""
-    lora.save_peft(learned(3), tmp_path, base_name="tiny-random")
+    peft_files.save(learned(3), tmp_path, base_name="tiny-random")
     for teacher in ({"adapter": str(tmp_path)}, {}):
         learn(frozen, learned(3), section(teacher=teacher, soft_weight=1.0))
     assert np.linalg.norm(gradients[0]) < 1e-3 * np.linalg.norm(gradients[1])

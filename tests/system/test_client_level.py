@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from fl_app import lora
+from fl_app import lora, peft_files
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.statement import rounded_up
@@ -96,7 +96,7 @@ def test_the_run_completes_and_its_target_moves(private: tuple[dict[str, Any], P
     assert summary["status"] == "completed"
     assert summary["hashes"]["round_1/target"] != summary["hashes"]["round_2/target"]
     assert summary["exam"]["target_round_2"]["bits_per_byte"] != summary["exam"]["start"]["bits_per_byte"]
-    assert lora.sha256(lora.load_peft(directory / "target")) == summary["hashes"]["round_2/target"]
+    assert lora.sha256(peft_files.load(directory / "target")) == summary["hashes"]["round_2/target"]
 
 
 def test_the_ledger_of_the_run_holds_two_gaussians(private: tuple[dict[str, Any], Path]) -> None:
@@ -144,13 +144,13 @@ def test_journal_record_card_and_report_say_the_same(private: tuple[dict[str, An
 def test_the_merged_adapter_is_not_the_mean_that_the_server_saw(private: tuple[dict[str, Any], Path]) -> None:
     """By as much as the noise is: sigma * clip / sites a coordinate, over a thousand of them."""
     folder = private[1] / "rounds" / "2"
-    start = lora.load_peft(private[1] / "rounds" / "1" / "target")
+    start = peft_files.load(private[1] / "rounds" / "1" / "target")
     uploads = [
-        Upload(site=site, round=2, release=AdapterRelease(adapter=lora.load_peft(place)), receipts=None, spent=0.0)
+        Upload(site=site, round=2, release=AdapterRelease(adapter=peft_files.load(place)), receipts=None, spent=0.0)
         for site, place in ((site, folder / "releases" / site) for site in SITES)
     ]
     mean = mean_factors(uploads, Broadcast(run="private", round=2, adapter=start, config_digest="")).adapter
-    merged = lora.load_peft(folder / "merged")
+    merged = peft_files.load(folder / "merged")
     added = np.concatenate(
         [
             (getattr(merged.layers[name], factor) - getattr(mean.layers[name], factor)).ravel()

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from fl_app import lora
+from fl_app import lora, peft_files
 from fl_app.errors import RoundFailed
 from fl_app.journal import read_lines
 from simulations import launch
@@ -265,7 +265,7 @@ def test_merged_is_the_mean_of_the_releases(first: Told) -> None:
         Upload(
             site=site,
             round=2,
-            release=AdapterRelease(adapter=lora.load_peft(folder / "releases" / site)),
+            release=AdapterRelease(adapter=peft_files.load(folder / "releases" / site)),
             receipts=None,
             spent=0.0,
         )
@@ -273,10 +273,10 @@ def test_merged_is_the_mean_of_the_releases(first: Told) -> None:
     ]
 
     answered = Broadcast(
-        run="first", round=2, adapter=lora.load_peft(first.directory / "rounds/1/target"), config_digest=""
+        run="first", round=2, adapter=peft_files.load(first.directory / "rounds/1/target"), config_digest=""
     )
     assert lora.sha256(mean_factors(uploads, answered).adapter) == first.summary["hashes"]["round_2/merged"]
-    assert lora.sha256(lora.load_peft(folder / "merged")) == first.summary["hashes"]["round_2/merged"]
+    assert lora.sha256(peft_files.load(folder / "merged")) == first.summary["hashes"]["round_2/merged"]
 
 
 def test_the_target_loads_with_peft_and_says_the_same(first: Told, frozen: FrozenModel) -> None:
@@ -284,7 +284,7 @@ def test_the_target_loads_with_peft_and_says_the_same(first: Told, frozen: Froze
     from peft import PeftModel
 
     ids = torch.tensor([frozen.tokenizer("What helps a cough?", add_special_tokens=False)["input_ids"]])
-    target = lora.load_peft(first.directory / "target")
+    target = peft_files.load(first.directory / "target")
     with torch.inference_mode():
         loaded = PeftModel.from_pretrained(frozen.replica().model, first.directory / "target")(input_ids=ids).logits
         ours = lora.attach(frozen, target)(input_ids=ids).logits

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fl_app import lora, models
+from fl_app import models, peft_files
 from fl_app.origin import ROOT
 from simulations.corpus.write import write_corpus
 from strategies.exam import ExamSection, read_exam
@@ -22,7 +22,7 @@ NAME = "smollm2-135m-instruct"
 
 def test_base_is_at_chance_and_the_professional_is_not(tmp_path: Path) -> None:
     frozen = models.load(NAME, "bfloat16")
-    adapter = lora.load_peft(ROOT / "simulations" / "corpus" / "professional", base=frozen.resolved.sha256)
+    adapter = peft_files.load(ROOT / "simulations" / "corpus" / "professional", base=frozen.resolved.sha256)
     write_corpus(tmp_path)
     exam = read_exam(ExamSection(path=str(tmp_path / "exam.jsonl"), choice_items=80, free_items=0), seed=0)
     lab = Lab(
@@ -47,6 +47,6 @@ def test_base_is_at_chance_and_the_professional_is_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["professional", "start"])
 def test_shipped_adapters_are_for_the_packaged_model(name: str) -> None:
     frozen = models.load(NAME, "bfloat16")
-    adapter = lora.load_peft(ROOT / "simulations" / "corpus" / name)
+    adapter = peft_files.load(ROOT / "simulations" / "corpus" / name)
 
     assert adapter.base == frozen.resolved.sha256

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fl_app import inference, lora, models
+from fl_app import inference, lora, models, peft_files
 from fl_app.config import LoraSection
 from fl_app.origin import ROOT
 from fl_app.seeds import stream
@@ -65,7 +65,7 @@ def test_rows_that_leave_are_measured_on_a_run(bench: Any, tmp_path: Path) -> No
     frozen = models.load("tiny-random", "bfloat16")
     start = lora.initial(lora.spec_of(frozen, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "start"))
     folder = tmp_path / "rounds" / "1"
-    lora.save_peft(start, folder / "merged", base_name="tiny-random")
+    peft_files.save(start, folder / "merged", base_name="tiny-random")
     (tmp_path / "summary.json").write_text(json.dumps({"models": {"local": {"name": "tiny-random"}}}))
     drafts = [{"origin": {"prompt": f"A letter, number {n}"}} for n in range(6)]
     (folder / "drafts.jsonl").write_text("".join(json.dumps(draft) + "\n" for draft in drafts))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from fl_app import lora
+from fl_app import lora, peft_files
 from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid
 from fl_app.seeds import stream
@@ -192,7 +192,7 @@ def test_a_named_writer_writes_whatever_the_target_is_and_the_bare_model_looks_a
     bent = dataclasses.replace(
         target, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in target.layers.items()}
     )
-    lora.save_peft(bent, tmp_path / "start", base_name="tiny-random")
+    peft_files.save(bent, tmp_path / "start", base_name="tiny-random")
 
     def texts(adapter: Adapter, kind: str, **changes: Any) -> list[str]:
         one = build(kind, codes, lab, drafts=3, max_new_tokens=6, **changes)

@@ -16,7 +16,7 @@ from clients import local_round, spending
 from clients.config import read_client
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
-from fl_app import inference, lora, models, wire
+from fl_app import inference, lora, models, peft_files, wire
 from fl_app.config import shared
 from fl_app.errors import AdapterMismatch, BudgetSpent, LedgerCorrupt, PolicyRefusal, StillroomError
 from fl_app.privacy.accountants import pld
@@ -214,7 +214,7 @@ def test_a_resend_comes_from_the_outbox(
 def test_a_changed_or_lost_outbox_is_never_sent(site: Site, start: Adapter, learned: Any) -> None:
     uploaded(ask(site, broadcast(start), settings()))
     (folder,) = (site.directory / "outbox").glob("*/round-1")
-    lora.save_peft(learned(8), folder, base_name="tiny-random")
+    peft_files.save(learned(8), folder, base_name="tiny-random")
     refused(site, ask(site, broadcast(start), settings()), "ledger", "is not the release committed as")
     shutil.rmtree(folder)
     refused(site, ask(site, broadcast(start), settings()), "ledger", "is gone")

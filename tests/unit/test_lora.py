@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fl_app import lora
+from fl_app import lora, peft_files
 from fl_app.config import LoraSection
 from fl_app.errors import AdapterMismatch
 from fl_app.seeds import stream
@@ -206,16 +206,16 @@ def test_peft_files_keep_every_bit_and_load_with_peft(frozen: FrozenModel, learn
     from peft import PeftModel
 
     adapter = learned(3)
-    lora.save_peft(adapter, tmp_path / "deep" / "er", base_name="tiny-random")
-    assert equal(lora.load_peft(tmp_path / "deep" / "er"), adapter)
+    peft_files.save(adapter, tmp_path / "deep" / "er", base_name="tiny-random")
+    assert equal(peft_files.load(tmp_path / "deep" / "er"), adapter)
     theirs = PeftModel.from_pretrained(frozen.replica(own_weights=True).model, tmp_path / "deep" / "er")
     assert torch.equal(logits(theirs), logits(lora.attach(frozen, adapter)))
 
 
 def test_bfloat16_files_round_to_it(learned: Make, tmp_path: Path) -> None:
     adapter = learned(3)
-    lora.save_peft(adapter, tmp_path, base_name="tiny-random", dtype="bfloat16")
-    found = lora.load_peft(tmp_path).layers[Q0].a
+    peft_files.save(adapter, tmp_path, base_name="tiny-random", dtype="bfloat16")
+    found = peft_files.load(tmp_path).layers[Q0].a
     assert found.dtype == np.float32
     assert np.allclose(found, adapter.layers[Q0].a, rtol=2**-8, atol=0)
     assert not np.array_equal(found, adapter.layers[Q0].a)
@@ -223,7 +223,7 @@ def test_bfloat16_files_round_to_it(learned: Make, tmp_path: Path) -> None:
 
 @pytest.fixture
 def stored(learned: Make, tmp_path: Path) -> Path:
-    lora.save_peft(learned(3), tmp_path, base_name="tiny-random")
+    peft_files.save(learned(3), tmp_path, base_name="tiny-random")
     return tmp_path
 
 
@@ -238,22 +238,22 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object], metadata: 
 def test_a_foreign_adapter_needs_its_base(stored: Path) -> None:
     rewrite(stored, lambda _: None, {"format": "pt"})
     with pytest.raises(AdapterMismatch, match="does not say which base"):
-        lora.load_peft(stored)
-    assert lora.load_peft(stored, base="given").base == "given"
+        peft_files.load(stored)
+    assert peft_files.load(stored, base="given").base == "given"
 
 
 def test_the_file_wins_over_the_base_given(stored: Path, spec: LoraSpec) -> None:
-    assert lora.load_peft(stored, base="given").base == spec.base
+    assert peft_files.load(stored, base="given").base == spec.base
 
 
 def test_other_tensors_and_lone_factors_are_refused(stored: Path) -> None:
     key = f"base_model.model.{Q0}.lora_A.weight"
     rewrite(stored, lambda tensors: tensors.pop(key), {"stillroom_base": "b"})
     with pytest.raises(AdapterMismatch, match="has only factor b"):
-        lora.load_peft(stored)
+        peft_files.load(stored)
     rewrite(stored, lambda tensors: tensors.update(other=next(iter(tensors.values())).clone()), {"stillroom_base": "b"})
     with pytest.raises(AdapterMismatch, match="'other' is no LoRA factor"):
-        lora.load_peft(stored)
+        peft_files.load(stored)
 
 
 def test_the_config_file_says_what_peft_needs(stored: Path, learned: Make) -> None:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from clients.learners.pe_votes import PeVotes
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.stages import PublicConstants, Workbench
-from fl_app import lora, votes
+from fl_app import lora, peft_files, votes
 from fl_app.config import LoraSection
 from fl_app.embeddings import LocalStates
 from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
@@ -403,9 +403,9 @@ def test_a_former_run_s_adapter_writes_when_it_is_named(lab: Lab, tmp_path: Path
         target, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in target.layers.items()}
     )
     codes = _written(tmp_path)
-    lora.save_peft(bent, tmp_path / "merged", base_name="tiny-random")
+    peft_files.save(bent, tmp_path / "merged", base_name="tiny-random")
     foreign = dataclasses.replace(bent, base="f" * 64)
-    lora.save_peft(foreign, tmp_path / "foreign", base_name="tiny-random")
+    peft_files.save(foreign, tmp_path / "foreign", base_name="tiny-random")
     small: dict[str, Any] = {"codes": codes, "population": 3, "keep": 1, "max_new_tokens": 6}
 
     plain = section(**small).build(lab)

@@ -77,7 +77,7 @@ def test_a_weighted_sum_is_the_weighted_sum_of_the_products(terms: list[tuple[tu
     adapters = [_adapter(seed, rank=rank, alpha=alpha) for (seed, rank, alpha), _ in terms]
     weights = [weight for _, weight in terms]
 
-    stacked = products.weighted_sum(adapters, weights)
+    stacked = lora.stacked(adapters, weights)
 
     expected = sum(weight * _dense(adapter) for weight, adapter in zip(weights, adapters, strict=True))
     np.testing.assert_allclose(_dense(stacked), expected, atol=1e-4)
