@@ -122,10 +122,10 @@ class DpReceipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AdapterRelease:
-    """A DP-trained adapter. `scalars` are the noisy slopes that it was made of, where a zeroth-order learner made it:
-    they travel in its place, and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`).
+    """A DP-trained adapter.
 
-    Shapes: scalars (steps,) float32.
+    `scalars` are the noisy slopes that it was made of, where a zeroth-order learner made it: they travel in its place,
+    and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`). Shapes: scalars (steps,) float32.
     """
 
     adapter: Adapter
