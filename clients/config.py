@@ -69,6 +69,12 @@ class _Limits(Section):
     non_private: bool = False
 
 
+class _Capacity(Section):
+    memory_mb: Annotated[int, Field(ge=0)] = 0
+    first_layer: Annotated[int, Field(ge=0)] = 0
+    micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
+
+
 class SitePolicy(Section):
     """`site.toml`: what the data holder allows. `max_noise_multiplier`: above it a release would carry no signal.
 
@@ -78,12 +84,17 @@ class SitePolicy(Section):
     `max_clip_norm` bounds what one unit moves a sum by, noise and all; no epsilon depends on it, so its default is the
     learners' own limit. `allowed_configs` lists the digests of the configurations that may train here; empty: any.
     `non_private`: whether a learner without noise may run, after which this ledger never certifies anything again.
+
+    [capacity] is what the machine can carry, and public: `memory_mb` for a planner of ranks (0: not said), the decoder
+    block from which on it trains, and the most tokens it computes at once (0: what the configuration asks). None of it
+    moves a result but through the rank and the layers that the server then asks for.
     """
 
     site: _Site
     privacy: _Privacy
     constants: _Constants
     limits: _Limits
+    capacity: _Capacity = _Capacity()
 
     @property
     def id(self) -> str:

@@ -23,7 +23,7 @@ from clients import gate, outbox, spending
 from clients.private_rows import read_private_rows
 from clients.site import Site, public_head
 from clients.stages import Workbench
-from fl_app import inference, journal, lora, models, releases
+from fl_app import factors, inference, journal, lora, models, releases, transport
 from fl_app.errors import (
     AdapterMismatch,
     AuditBroken,
@@ -41,17 +41,20 @@ from fl_app.hash_chain import is_digest
 from fl_app.privacy.events import no_noise
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.seeds import stream
-from fl_app.types import NO_HEAD, Hello, Probe, Refusal, Upload
+from fl_app.types import NO_HEAD, AdapterRelease, Hello, Probe, Refusal, ReleaseSpec, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from clients.config import ClientSection, SitePolicy
+    from clients.learners import AnyLearner
     from fl_app.config import SharedConfig
+    from fl_app.lora import LoraSpec
+    from fl_app.models import FrozenModel
     from fl_app.privacy.ledger import Ledger
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Broadcast, RefusalCode
+    from fl_app.types import Broadcast, RefusalCode, Release
 
 ReplyT = TypeVar("ReplyT")
 
@@ -108,6 +111,7 @@ def hello(site: Site) -> Hello:
         spent=ledger.spent(privacy.delta),
         head=public_head(ledger, policy),
         composition=promised.composition,
+        **policy.capacity.model_dump(),
     )
 
 
@@ -121,7 +125,7 @@ def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     if not texts:
         return Probe(site=policy.site.name, round=broadcast.round, items=0, bits_per_byte=0.0)
     frozen = models.load(settings.shared.model.name, settings.shared.model.dtype)
-    model = lora.attach(frozen, broadcast.adapter)
+    model = lora.attach(frozen, broadcast.adapter, broadcast.blocks)
     rows = inference.option_likelihood(model, frozen.tokenizer, [""] * len(texts), [[text] for text in texts])
     bits = -sum(row[0].log_prob for row in rows) / math.log(2)
     per_byte = bits / sum(row[0].bytes for row in rows)
@@ -136,7 +140,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     shared, asked = settings.shared, settings.asked
     policy = site.policy
     site.note_policy(policy)
-    learner = asked.learner.build()
+    learner = _within(asked.learner, policy).build()
     survey = asked.survey.build() if asked.survey else None
     gate.check(
         policy,
@@ -150,6 +154,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         ),
     )
     site.check_place(policy)
+    site.received.keep(broadcast)
     # A name used again for another configuration is another run: ledger, kept noise, cap and outbox all go by this.
     broadcast = dataclasses.replace(broadcast, run=broadcast.named)
     note = _Notes(site=site, run=broadcast.run, round_number=broadcast.round, policy_id=policy.id)
@@ -170,7 +175,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         )
         cost = spending.announced(policy, book, renyi, learner, survey, asking)
     frozen = models.load(shared.model.name, shared.model.dtype)
-    lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
+    lora.check_start(broadcast.adapter, broadcast.blocks, _spec(frozen, settings))
     gate.check_length(policy, frozen)
     codes = _codes(site.directory)
     rows = read_private_rows(
@@ -199,7 +204,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         secret=_secret(policy, shared, ledger),
     )
     constants = policy.public_constants()
-    release = learner(rows, broadcast.adapter, cost.every, constants, bench)
+    release = _as_it_travels(learner(rows, broadcast.adapter, cost.every, constants, bench), sent(settings, broadcast))
     surveyed = survey(rows, constants, bench) if survey and cost.surveys else None
     del rows, bench
     note("trained", ledger_seq=reservation.seq)
@@ -211,6 +216,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         survey=surveyed,
         base_name=shared.model.name,
         reservation=reservation,
+        answers=releases.broadcast_sha256(broadcast),
     )
     note("outbox", object_sha256=sha256, ledger_seq=reservation.seq)
     committed = ledger.commit(reservation.id, sha256=sha256)
@@ -228,6 +234,37 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     )
     note("sent", object_sha256=sha256, ledger_seq=committed)
     return upload
+
+
+def _within(learner: AnyLearner, policy: SitePolicy) -> AnyLearner:
+    """Return what is asked, computing no more tokens at once than the site can; that changes no result."""
+    most, asked = policy.capacity.micro_batch_tokens, getattr(learner, "micro_batch_tokens", 0)
+    if not most or not asked or asked <= most:
+        return learner
+    return learner.model_copy(update={"micro_batch_tokens": max(most, 16)})
+
+
+def _spec(frozen: FrozenModel, settings: Settings) -> LoraSpec:
+    """Return the shape of the run's adapters, cores included where the learner trains them."""
+    learner = settings.asked.learner
+    core = learner.kind in factors.KINDS and factors.schedule_of(learner.model_dump()) == "core"
+    return dataclasses.replace(lora.spec_of(frozen, settings.shared.lora), core=core)
+
+
+def sent(settings: Settings, broadcast: Broadcast) -> ReleaseSpec:
+    """Return what of an adapter travels in a round, and how; of other releases it says nothing."""
+    learner = settings.asked.learner
+    if learner.kind not in factors.KINDS:
+        return ReleaseSpec()
+    told = factors.sent(learner.model_dump(), broadcast.round)
+    return ReleaseSpec(factors=told, precision=settings.shared.lora.upload_precision)
+
+
+def _as_it_travels(release: Release, told: ReleaseSpec) -> Release:
+    """Return the release as the server will read it, so that both sides keep and hash the same numbers."""
+    if not isinstance(release, AdapterRelease) or release.scalars is not None:
+        return release
+    return dataclasses.replace(release, adapter=transport.rounded(release.adapter, told.factors, told.precision))
 
 
 def _check_whole(site: Site, ledger: Ledger, broadcast: Broadcast) -> None:
@@ -264,7 +301,13 @@ def _resend(site: Site, policy: SitePolicy, ledger: Ledger, broadcast: Broadcast
     found = ledger.book().last_made(broadcast.run, broadcast.round)
     if found is None:
         return None
-    release, survey = outbox.get(site.outbox, run=broadcast.run, round_number=broadcast.round, sha256=found.sha256)
+    release, survey = outbox.get(
+        site.outbox,
+        run=broadcast.run,
+        round_number=broadcast.round,
+        sha256=found.sha256,
+        answers=releases.broadcast_sha256(broadcast),
+    )
     return Upload(
         site=policy.site.name,
         round=broadcast.round,

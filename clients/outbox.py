@@ -2,7 +2,7 @@
 
 Each release is a folder that appears as a whole, its files (`fl_app.releases`) and `manifest.json` together:
 
-    {"id": reservation, "ledger_seq": its line, "round", "run", "sha256": the release's}
+    {"id": reservation, "ledger_seq": its line, "round", "run", "sha256": the release's, "answers": the broadcast's}
 
 So the outbox is the ledger's witness. A folder is made after its reservation is on disk and before anything leaves; a
 ledger that does not hold the reservation of a folder is an older copy, whoever put it back, and with whatever `.next`.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_app import releases
-from fl_app.errors import LedgerCorrupt, RunInvalid
+from fl_app.errors import LedgerCorrupt, PolicyRefusal, RunInvalid
 from fl_app.privacy.chain import WAY_OUT, Committed, Reserved
 
 if TYPE_CHECKING:
@@ -44,8 +44,12 @@ def put(
     survey: VectorRelease | None,
     base_name: str,
     reservation: Reservation,
+    answers: str = "",
 ) -> str:
-    """Write the release of one round as a whole and return its hash."""
+    """Write the release of one round as a whole and return its hash.
+
+    `answers` is the hash of the broadcast that it was trained from (`releases.broadcast_sha256`).
+    """
     target = _place(outbox, run, round_number)
     for place in (outbox, target.parent):
         place.mkdir(exist_ok=True, mode=0o700)
@@ -58,6 +62,7 @@ def put(
         "run": run,
         "round": round_number,
         "sha256": sha256,
+        "answers": answers,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, sort_keys=True) + "\n", encoding="ascii")
     for file in folder.iterdir():
@@ -73,10 +78,13 @@ def put(
     return sha256
 
 
-def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> tuple[Release, VectorRelease | None]:
+def get(
+    outbox: Path, *, run: str, round_number: int, sha256: str, answers: str = ""
+) -> tuple[Release, VectorRelease | None]:
     """Return the release that the ledger committed as `sha256`, and the survey beside it if there was one.
 
-    Raises: LedgerCorrupt when it is gone or is not what was committed.
+    Raises: LedgerCorrupt when it is gone or is not what was committed; PolicyRefusal when it `answers` another
+    broadcast: two runs under one name went different ways, and an old answer would be averaged with new ones.
     """
     place = _place(outbox, run, round_number)
     try:
@@ -87,7 +95,19 @@ def get(outbox: Path, *, run: str, round_number: int, sha256: str) -> tuple[Rele
         ) from None
     if releases.sha256(release, survey) != sha256:
         raise LedgerCorrupt(f"{place} is not the release committed as {sha256[:12]}; restore it from a backup")
+    told = _answered(place)
+    if answers and told and told != answers:
+        raise PolicyRefusal(
+            f"round {round_number} of run {run} was answered, to another broadcast ({told[:12]}, now {answers[:12]}); "
+            "a run that begins anew needs a name of its own"
+        )
     return release, survey
+
+
+def _answered(place: Path) -> str:
+    """Return what a release in the outbox answers; empty in folders of before this was kept."""
+    said: Any = json.loads((place / MANIFEST).read_text(encoding="ascii"))
+    return str(said.get("answers", ""))
 
 
 def check_witnesses(outbox: Path, entries: Sequence[Entry]) -> None:

@@ -2,6 +2,7 @@
 
     rows.jsonl  codes.jsonl  site.toml      what the data holder puts there
     ledger/  outbox/  audit.jsonl  site.log   what the rounds leave there, for the owner alone (0700, 0600)
+    received/                               the last broadcast, which is public to the sites of a run
 
 Out of scope: what happens in a round (`local_round`), what a policy forbids (`gate`).
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from clients.config import SitePolicy, read_policy
+from clients.received import Received
 from fl_app.audit_log import AuditLog
 from fl_app.errors import AuditBroken, DiskFull, PolicyRefusal, RowsInvalid
 from fl_app.privacy.ledger import Ledger
@@ -40,6 +42,11 @@ class Site:
     def outbox(self) -> Path:
         """Where releases are kept."""
         return self.directory / "outbox"
+
+    @property
+    def received(self) -> Received:
+        """What is kept of the last broadcast."""
+        return Received(directory=self.directory / "received")
 
     @property
     def ledger_path(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_app.origin import check_origin
@@ -42,13 +42,16 @@ def _settings(context: Context, broadcast: Broadcast) -> local_round.Settings:
 
 def _answer(message: Message, context: Context, work: Callable[..., Upload | Probe]) -> Message:
     site = _site(context)
-    broadcast = local_round.guarded(site, "", 0, lambda: wire.unpack_broadcast(message.content))
+    broadcast = local_round.guarded(site, "", 0, lambda: wire.unpack_broadcast(message.content, site.received.find))
     if isinstance(broadcast, Refusal):
         return Message(wire.pack_reply(broadcast), reply_to=message)
-    reply = local_round.guarded(
-        site, broadcast.run, broadcast.round, lambda: work(site, broadcast, _settings(context, broadcast))
-    )
-    return Message(wire.pack_reply(reply), reply_to=message)
+
+    def answer() -> RecordDict:
+        settings = _settings(context, broadcast)
+        return wire.pack_reply(work(site, broadcast, settings), local_round.sent(settings, broadcast))
+
+    reply = local_round.guarded(site, broadcast.run, broadcast.round, answer)
+    return Message(wire.pack_reply(reply) if isinstance(reply, Refusal) else reply, reply_to=message)
 
 
 @app.query()

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fl_app.errors import ConfigInvalid
 from fl_app.origin import ROOT
+from fl_app.types import Precision
 
 Tree: TypeAlias = dict[str, Any]
 SectionT = TypeVar("SectionT", bound="Section")
@@ -88,8 +89,9 @@ class LoraSection(Section):
     """[lora]: the shape of every adapter of this run. `first_layer` counts decoder blocks from 0.
 
     `start` is a PEFT adapter of exactly this shape, made from public text, that the run starts from; empty: a fresh
-    one, which changes nothing in the model. `init` says how a fresh one's A is drawn: uniform as PEFT does, or with
-    orthonormal rows (FFA-LoRA, which never trains A).
+    one, which changes nothing in the model. `init` says how a fresh one's A is drawn: uniform as PEFT does, with
+    orthonormal rows (FFA-LoRA, which never trains A), or along the base model's own first singular vectors.
+    `upload_precision` and `broadcast_precision` say how adapters travel (`fl_app.transport`).
     """
 
     rank: Annotated[int, Field(ge=1, le=512)]
@@ -98,6 +100,8 @@ class LoraSection(Section):
     first_layer: Annotated[int, Field(ge=0)] = 0
     start: str = ""
     init: LoraInit = "uniform"
+    upload_precision: Precision = "float32"
+    broadcast_precision: Precision = "float32"
 
 
 class SharedConfig(Section):

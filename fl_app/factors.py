@@ -38,10 +38,13 @@ OF_KIND: dict[str, Schedule] = {
 
 CHOOSE = frozenset({"plain_lora", "zeroth_order"})
 
+KINDS = frozenset(OF_KIND) | CHOOSE
+"""Every kind of learner that trains an adapter."""
+
 
 def schedule_of(learner: Mapping[str, Any]) -> Schedule:
     """Return the schedule of the table [client.learner]. Raises: ConfigInvalid for a kind that trains no adapter."""
-    kind = learner.get("kind")
+    kind = str(learner.get("kind"))
     if kind in CHOOSE:
         chosen = learner.get("schedule", "both")
         if chosen not in get_args(Schedule):
@@ -49,7 +52,7 @@ def schedule_of(learner: Mapping[str, Any]) -> Schedule:
         return cast("Schedule", chosen)
     if kind not in OF_KIND:
         raise ConfigInvalid(f"client.learner.kind = {kind!r}: known are {', '.join([*OF_KIND, *sorted(CHOOSE)])}")
-    return OF_KIND[str(kind)]
+    return OF_KIND[kind]
 
 
 def moved(schedule: Schedule, round_number: int) -> tuple[Factor, ...]:

@@ -8,6 +8,7 @@ Legend of shapes: r = rank; a (r, d_in), b (d_out, r).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,67 @@ def spec_like(adapter: Adapter) -> LoraSpec:
     return LoraSpec(
         shapes=shapes, rank=rank_of(adapter), alpha=adapter.alpha, base=adapter.base, core=has_core(adapter)
     )
+
+
+def narrowed(spec: LoraSpec, *, rank: int | None = None, first_layer: int = 0) -> LoraSpec:
+    """Return the spec of a site that carries less: fewer rank components, or only the decoder blocks from one up.
+
+    alpha goes with the rank, so that delta_W is scaled alike everywhere.
+    Raises: AdapterMismatch when nothing is left, or the rank is not between 1 and the spec's.
+    """
+    rank = spec.rank if rank is None else rank
+    if not 1 <= rank <= spec.rank:
+        raise AdapterMismatch(f"rank {rank} is not between 1 and lora.rank = {spec.rank}")
+    shapes = {name: shape for name, shape in spec.shapes.items() if _block(name) >= first_layer}
+    if not shapes:
+        raise AdapterMismatch(
+            f"no adapted layer from decoder block {first_layer} up; the adapter has none to leave out"
+        )
+    alpha = spec.alpha if rank == spec.rank else spec.alpha * rank / spec.rank
+    return LoraSpec(shapes=shapes, rank=rank, alpha=alpha, base=spec.base, core=spec.core)
+
+
+def cut(adapter: Adapter, spec: LoraSpec) -> Adapter:
+    """Return the layers of a narrower spec with their first rank components: the very numbers, in that scaling."""
+    rank = spec.rank
+    layers = {
+        name: LoraFactors(
+            a=adapter.layers[name].a[:rank],
+            b=np.ascontiguousarray(adapter.layers[name].b[:, :rank]),
+            core=None if (core := adapter.layers[name].core) is None else np.ascontiguousarray(core[:rank, :rank]),
+        )
+        for name in sorted(spec.shapes)
+    }
+    return Adapter(layers=layers, alpha=spec.alpha, base=adapter.base)
+
+
+def patched(adapter: Adapter, piece: Adapter) -> Adapter:
+    """Return an adapter with its first rank components, in the layers of `piece`, replaced by those of `piece`."""
+    rank = rank_of(piece)
+    layers: dict[str, LoraFactors] = {}
+    for name, whole in adapter.layers.items():
+        if (new := piece.layers.get(name)) is None:
+            layers[name] = whole
+            continue
+        a, b, core = whole.a.copy(), whole.b.copy(), None if whole.core is None else whole.core.copy()
+        a[:rank], b[:, :rank] = new.a, new.b
+        if core is not None and new.core is not None:
+            core[:rank, :rank] = new.core
+        layers[name] = LoraFactors(a=a, b=b, core=core)
+    return Adapter(layers=layers, alpha=adapter.alpha, base=adapter.base)
+
+
+def check_start(adapter: Adapter, blocks: Sequence[Adapter], spec: LoraSpec) -> None:
+    """Raise `AdapterMismatch` unless a site may train this: of `spec`, or narrower, on blocks of the same maps."""
+    shapes = {name: spec.shapes[name] for name in adapter.layers if name in spec.shapes}
+    rank = rank_of(adapter)
+    narrower = narrowed(spec, rank=rank) if rank <= spec.rank else spec
+    if found := difference(adapter, dataclasses.replace(narrower, shapes=shapes or spec.shapes)):
+        raise AdapterMismatch(str(found))
+    for block in blocks:
+        wanted = LoraSpec(shapes=shapes, rank=rank_of(block), alpha=block.alpha, base=spec.base)
+        if found := difference(block, wanted):
+            raise AdapterMismatch(f"a block under the adapter: {found}")
 
 
 def initial(spec: LoraSpec, rng: np.random.Generator, init: LoraInit = "uniform") -> Adapter:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from fl_app.types import Floats, Release
+    from fl_app.types import Broadcast, Floats, Release
 
 ARRAYS, BINS, TEXTS, SURVEY = "arrays.safetensors", "bins.json", "texts.jsonl", "survey.safetensors"
 
@@ -48,6 +48,16 @@ def sha256(release: Release, survey: VectorRelease | None = None) -> str:
     if survey is not None:
         digest.update(b"survey")
         _feed(digest, survey.vectors)
+    return digest.hexdigest()
+
+
+def broadcast_sha256(broadcast: Broadcast) -> str:
+    """Return the content hash of what a site answers: the adapter it trains, what lies under it, and the material."""
+    digest = hashlib.sha256(lora.sha256(broadcast.adapter).encode())
+    for block in broadcast.blocks:
+        digest.update(lora.sha256(block).encode())
+    digest.update(json.dumps([[one.code, one.text] for one in broadcast.material.texts]).encode())
+    _feed(digest, broadcast.material.vectors)
     return digest.hexdigest()
 
 

@@ -125,7 +125,7 @@ class AdapterRelease:
     """A DP-trained adapter.
 
     `scalars` are the noisy slopes that it was made of, where a zeroth-order learner made it: they travel in its place,
-    and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`). Shapes: scalars (steps,) float32.
+    and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`). Shape: (steps,) float32.
     """
 
     adapter: Adapter
@@ -242,6 +242,9 @@ class Hello:
     (`epsilon`, `delta`) is what its ledger promises whatever it is asked, held by `composition`; `delta` is twice the
     policy's after a change from a fixed schedule to a filter. `spent` is at the policy's own delta, so it is true at
     this one too. `head` as in `Upload`.
+
+    What it can carry, as its owner declares it: `memory_mb` for training, the decoder block from which on it trains,
+    and the tokens it computes at once; 0 says nothing. None of it is a function of the rows.
     """
 
     site: str
@@ -251,6 +254,9 @@ class Hello:
     spent: float
     head: str = NO_HEAD
     composition: Composition = "fixed_schedule"
+    memory_mb: int = 0
+    first_layer: int = 0
+    micro_batch_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fl_app import lora, releases
+from fl_app import lora, parts, releases
 from fl_app import wire_arrays as arrays
 from fl_app.errors import LedgerRefusal, WireViolation
 from fl_app.hash_chain import is_digest
@@ -38,6 +38,7 @@ from fl_app.types import (
     Hello,
     HistogramRelease,
     Material,
+    Precision,
     Probe,
     Refusal,
     ReleaseSpec,
@@ -47,10 +48,10 @@ from fl_app.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from fl_app.lora import LoraSpec
-    from fl_app.types import DpReceipt, RefusalCode, Release
+    from fl_app.types import DpReceipt, Factor, Floats, RefusalCode, Release
 
 ADAPTER = ReleaseSpec()
 """What is asked when nothing is said: an adapter, and no survey."""
@@ -65,27 +66,34 @@ MAX_DELTA, MAX_EPSILON = 1e-2, 1e4
 """Beyond these a policy promises nothing: at a delta of 0.01 one unit in a hundred may be published as it is, and an
 epsilon of 10,000 is far above a step with a noise multiplier of 0.1 (92). Such a site is not ready to take part."""
 
+MAX_CAPACITY = 1 << 31
+"""Megabytes, blocks or tokens: what claims more is taken for this."""
+
 MAX_BITS_PER_BYTE = 1000.0
 """A model that knows nothing needs log2(vocabulary), under 20, per token; what claims more than this is no score."""
 
-MAX_TEXT, MAX_RECEIPTS_TEXT = 200, 1 << 14
-"""Characters of one value. Eight receipts, the most that the server adds up, take under 2,000."""
+MAX_TEXT, MAX_RECEIPTS_TEXT, MAX_BLOCKS_TEXT = 200, 1 << 14, 1 << 17
+"""Characters of one value. Eight receipts, the most that the server adds up, take under 2,000; a block under 100."""
 
-BROADCAST_KEYS = frozenset({"run", "round", "config_digest", "base", "alpha", "sha256", "head"})
+BROADCAST_KEYS = frozenset(
+    {"run", "round", "config_digest", "base", "alpha", "sha256", "head", "precision", "parts", "blocks"}
+)
 UPLOAD_KEYS = frozenset({"site", "run", "round", "kind", "base", "alpha", "sha256", "receipts", "spent", "head"})
 OTHER_UPLOAD_KEYS = UPLOAD_KEYS - {"base", "alpha"}
 """Of a release that is no adapter."""
 
 REFUSAL_KEYS = frozenset({"site", "round", "code", "incident"})
-HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent", "head", "composition"})
+CAPACITY_KEYS = ("memory_mb", "first_layer", "micro_batch_tokens")
+HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent", "head", "composition", *CAPACITY_KEYS})
 PROBE_KEYS = frozenset({"site", "round", "items", "bits_per_byte"})
 
 _RULES = {"site": "site", "run": "run", "round": "round", "base": "base", "receipts": "receipt", "spent": "spent"}
 """The rule that a value of the wrong type breaks, by its key; for all others, `keys`."""
 
 
-def pack_broadcast(broadcast: Broadcast) -> RecordDict:
-    """Return the message of a round's start."""
+def pack_broadcast(broadcast: Broadcast, precision: Precision = "float32") -> RecordDict:
+    """Return the message of a round's start, whole. Its adapters must be what they are after `transport.rounded`."""
+    blocks = [[parts.sha256(parts.arrays_of(block)), block.alpha] for block in broadcast.blocks]
     manifest: dict[str, Any] = {
         "run": broadcast.run,
         "round": broadcast.round,
@@ -94,25 +102,53 @@ def pack_broadcast(broadcast: Broadcast) -> RecordDict:
         "alpha": broadcast.adapter.alpha,
         "sha256": lora.sha256(broadcast.adapter),
         "head": broadcast.head,
+        "precision": precision,
+        "parts": json.dumps(parts.of_adapter(broadcast.adapter), sort_keys=True),
+        "blocks": json.dumps(blocks),
     }
-    content = RecordDict({"broadcast": ConfigRecord(manifest), "arrays": arrays.pack_adapter(broadcast.adapter)})
+    content = RecordDict(
+        {"broadcast": ConfigRecord(manifest), "arrays": arrays.pack_factors(broadcast.adapter, precision=precision)}
+    )
+    for number, block in enumerate(broadcast.blocks):
+        content[f"block-{number}"] = arrays.pack_factors(block, precision=precision)
     if broadcast.material.texts or broadcast.material.vectors:
         content["texts"] = arrays.pack_texts(broadcast.material.texts)
         content["vectors"] = arrays.pack(broadcast.material.vectors)
     return content
 
 
-def addressed(content: RecordDict, head: str) -> RecordDict:
-    """Return a packed broadcast for the site whose last known head is `head`; both share the arrays."""
-    manifest = dict(_manifest(content, "broadcast", BROADCAST_KEYS, allowed=_broadcast_records(content)))
+def addressed(content: RecordDict, head: str, known: Collection[str] = ()) -> RecordDict:
+    """Return a packed broadcast for the site whose last known head is `head`, without the parts that it has.
+
+    `known` are the hashes of those (`parts.hashes`). All sites' messages share the arrays.
+    """
+    manifest = dict(_broadcast_manifest(content))
     beside = {name: content[name] for name in content if name != "broadcast"}
+    told, blocks = _parts_of(manifest)
+    travels = tuple(factor for factor, sha256 in told.items() if sha256 not in known)
+    beside["arrays"] = arrays.some(content["arrays"], travels)
+    for number, (sha256, _) in enumerate(blocks):
+        if sha256 in known:
+            del beside[f"block-{number}"]
     return RecordDict({"broadcast": ConfigRecord({**manifest, "head": head}), **beside})
 
 
-def unpack_broadcast(content: RecordDict) -> Broadcast:
-    """Return the broadcast. Raises: WireViolation."""
-    manifest = _manifest(content, "broadcast", BROADCAST_KEYS, allowed=_broadcast_records(content))
-    adapter = _adapter(content, manifest, None)
+def unpack_broadcast(
+    content: RecordDict, find: Callable[[str], Mapping[str, Floats] | None] = lambda _: None
+) -> Broadcast:
+    """Return the broadcast; `find` gives the arrays of a part by its hash, None when the site has no such part.
+
+    Raises: WireViolation, also for a part that neither travels nor is found: the next broadcast is then whole.
+    """
+    manifest = _broadcast_manifest(content)
+    told, blocks = _parts_of(manifest)
+    precision = _precision(manifest)
+    values: dict[str, Floats] = {}
+    for factor, sha256 in told.items():
+        values |= arrays.unpack_part(content["arrays"], factor, precision) or _found(find, sha256, factor)
+    if odd := arrays.strangers(content["arrays"], told):
+        raise WireViolation("is no LoRA factor of this broadcast", rule="layers", tensor=odd[0])
+    adapter = Adapter(layers=arrays.layers_of(values), alpha=_alpha(manifest), base=_text(manifest, "base"))
     _check_hash(lora.sha256(adapter), manifest)
     material = Material()
     if "texts" in content:
@@ -126,21 +162,85 @@ def unpack_broadcast(content: RecordDict) -> Broadcast:
         config_digest=_text(manifest, "config_digest"),
         head=_head(manifest) if manifest["head"] != "" else "",
         material=material,
+        blocks=tuple(
+            _block(content, number, sha256, alpha, adapter.base, precision, find)
+            for number, (sha256, alpha) in enumerate(blocks)
+        ),
     )
 
 
-def pack_reply(reply: Upload | Refusal | Hello | Probe) -> RecordDict:
-    """Return a site's answer to any message: the keys of its kind and no other."""
+def _broadcast_manifest(content: RecordDict) -> dict[str, Any]:
+    """Return the manifest of a broadcast: with material or without, with any of its blocks."""
+    named = {str(key) for key in content}
+    blocks = {key for key in named if re.fullmatch(r"block-[0-9]{1,4}", key)}
+    allowed = {"broadcast", "arrays"} | blocks | ({"texts", "vectors"} if "texts" in named else set())
+    return _manifest(content, "broadcast", BROADCAST_KEYS, allowed=allowed)
+
+
+def _parts_of(manifest: Mapping[str, Any]) -> tuple[dict[Factor, str], list[tuple[str, float]]]:
+    """Return the hash of each factor, and hash and alpha of each block. Raises: WireViolation."""
+    try:
+        told: Any = json.loads(_text(manifest, "parts", MAX_RECEIPTS_TEXT))
+        blocks: Any = json.loads(_text(manifest, "blocks", MAX_BLOCKS_TEXT))
+        factors: dict[Factor, str] = {factor: told[factor] for factor in parts.FACTORS if factor in told}
+        listed = [(str(sha256), float(alpha)) for sha256, alpha in blocks]
+        sound = len(told) == len(factors) and {"a", "b"} <= factors.keys()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WireViolation(f"parts or blocks cannot be read: {str(error)[:80]}") from None
+    if not sound or not all(map(is_digest, [*factors.values(), *(sha256 for sha256, _ in listed)])):
+        raise WireViolation("parts and blocks name hashes of factors; these do not")
+    return factors, listed
+
+
+def _found(find: Callable[[str], Mapping[str, Floats] | None], sha256: str, what: str) -> Mapping[str, Floats]:
+    found = find(sha256)
+    if found is None:
+        raise WireViolation(f"{what} did not come, and {sha256[:12]} is not kept here; the next round brings it")
+    return found
+
+
+def _block(
+    content: RecordDict,
+    number: int,
+    sha256: str,
+    alpha: float,
+    base: str,
+    precision: Precision,
+    find: Callable[[str], Mapping[str, Floats] | None],
+) -> Adapter:
+    name = f"block-{number}"
+    if name in content:
+        layers = arrays.unpack_layers(content[name], precision)
+    else:
+        layers = arrays.layers_of(_found(find, sha256, name))
+    block = Adapter(layers=layers, alpha=_alpha({"alpha": alpha}), base=base)
+    if parts.sha256(parts.arrays_of(block)) != sha256:
+        raise WireViolation(f"{name} is not the block that the manifest names", rule="hash")
+    return block
+
+
+def _precision(manifest: Mapping[str, Any]) -> Precision:
+    value = _text(manifest, "precision")
+    if value not in get_args(Precision):
+        raise WireViolation(f"precision {value[:40]!r}; known: {', '.join(get_args(Precision))}")
+    return cast("Precision", value)
+
+
+def pack_reply(reply: Upload | Refusal | Hello | Probe, asked: ReleaseSpec | None = None) -> RecordDict:
+    """Return a site's answer to any message: the keys of its kind and no other.
+
+    Of an adapter the factors that are `asked` travel, at their precision; all of them where nothing is said.
+    """
     if isinstance(reply, Refusal):
         return _pack_refusal(reply)
     if isinstance(reply, Hello):
         return _pack_hello(reply)
     if isinstance(reply, Probe):
         return _pack_probe(reply)
-    return _pack_upload(reply)
+    return _pack_upload(reply, asked)
 
 
-def _pack_upload(upload: Upload) -> RecordDict:
+def _pack_upload(upload: Upload, asked: ReleaseSpec | None) -> RecordDict:
     receipts = None if upload.receipts is None else [receipt_to_dict(receipt) for receipt in upload.receipts]
     manifest: dict[str, Any] = {
         "site": upload.site,
@@ -156,7 +256,8 @@ def _pack_upload(upload: Upload) -> RecordDict:
     match upload.release:
         case AdapterRelease(adapter=adapter):
             manifest |= {"base": adapter.base, "alpha": adapter.alpha}
-            content["arrays"] = arrays.pack_adapter(adapter)
+            told = asked or ReleaseSpec(factors=parts.FACTORS)
+            content["arrays"] = arrays.pack_factors(adapter, told.factors, told.precision)
         case VectorRelease(vectors=vectors):
             content["arrays"] = arrays.pack(vectors)
         case HistogramRelease(counts=counts):
@@ -182,12 +283,17 @@ def _pack_refusal(refusal: Refusal) -> RecordDict:
 
 
 def unpack_reply(
-    content: RecordDict, spec: LoraSpec | None = None, asked: ReleaseSpec = ADAPTER, bins: tuple[str, ...] = ()
+    content: RecordDict,
+    spec: LoraSpec | None = None,
+    asked: ReleaseSpec = ADAPTER,
+    bins: tuple[str, ...] = (),
+    start: Adapter | None = None,
 ) -> Upload | Refusal:
     """Return what a site answered; nothing is decoded but what it was asked for.
 
     `spec` is what any adapter sent to this server must be; `asked` the kind of release and the shape of all others;
-    `bins` are the names of a histogram's counts, which never travel.
+    `bins` are the names of a histogram's counts, which never travel; `start` is the adapter that the site was sent,
+    of which it sends back only the factors that are asked for.
 
     Guarantee: arrays are views of the message's own bytes, so reading takes no memory of the size of the upload.
     Raises: WireViolation naming the rule, the array where there is one, the value and what is allowed.
@@ -212,7 +318,7 @@ def unpack_reply(
     if "survey" in content:
         shapes = {name: (length,) for name, length in asked.survey.items()}
         survey = VectorRelease(vectors=arrays.unpack(content["survey"], shapes))
-    release = _release(content, manifest, spec, asked, bins)
+    release = _release(content, manifest, spec, asked, bins, start)
     _check_hash(releases.sha256(release, survey), manifest)
     return Upload(
         site=_text(manifest, "site"),
@@ -227,7 +333,12 @@ def unpack_reply(
 
 
 def _release(
-    content: RecordDict, manifest: dict[str, Any], spec: LoraSpec | None, asked: ReleaseSpec, bins: tuple[str, ...]
+    content: RecordDict,
+    manifest: dict[str, Any],
+    spec: LoraSpec | None,
+    asked: ReleaseSpec,
+    bins: tuple[str, ...],
+    start: Adapter | None,
 ) -> Release:
     """Return the release of the kind that was asked for. Raises: WireViolation."""
     shapes = {name: (length,) for name, length in asked.vectors.items()}
@@ -241,25 +352,32 @@ def _release(
         case "text":
             return TextRelease(texts=arrays.unpack_texts(content["texts"], asked))
         case _:
-            return AdapterRelease(adapter=_adapter(content, manifest, spec))
+            return AdapterRelease(adapter=_adapter(content, manifest, spec, asked, start))
 
 
-def _adapter(content: RecordDict, manifest: dict[str, Any], spec: LoraSpec | None) -> Adapter:
-    layers = arrays.unpack_layers(content["arrays"], spec)
+def _adapter(
+    content: RecordDict, manifest: dict[str, Any], spec: LoraSpec | None, asked: ReleaseSpec, start: Adapter | None
+) -> Adapter:
+    """Return the adapter that a site sent; what did not travel is that of the broadcast."""
+    if spec is None:
+        layers = arrays.unpack_layers(content["arrays"], asked.precision)
+    else:
+        sent = arrays.unpack_factors(content["arrays"], spec, asked)
+        kept = {} if start is None else {key: one for key, one in parts.arrays_of(start).items() if key not in sent}
+        layers = arrays.layers_of({**kept, **sent})
+    return Adapter(layers=layers, alpha=_alpha(manifest), base=_text(manifest, "base"))
+
+
+def _alpha(manifest: Mapping[str, Any]) -> float:
     alpha = manifest["alpha"]
     if not isinstance(alpha, float) or not 0 < alpha < 1e6:  # noqa: PLR2004
         raise WireViolation(f"alpha = {_shown(alpha)} is no scaling", rule="alpha")
-    return Adapter(layers=layers, alpha=alpha, base=_text(manifest, "base"))
+    return alpha
 
 
 def _check_hash(found: str, manifest: dict[str, Any]) -> None:
     if found != manifest["sha256"]:
         raise WireViolation("sha256 of what came is not the one in the manifest", rule="hash")
-
-
-def _broadcast_records(content: RecordDict) -> set[str]:
-    """Return the records that a broadcast holds: with material, or without."""
-    return {"broadcast", "arrays", "texts", "vectors"} if "texts" in content else {"broadcast", "arrays"}
 
 
 def _receipts(text: str) -> tuple[DpReceipt, ...] | None:
@@ -281,6 +399,7 @@ def _pack_hello(hello: Hello) -> RecordDict:
         "spent": float(hello.spent),
         "head": hello.head,
         "composition": hello.composition,
+        **{key: getattr(hello, key) for key in CAPACITY_KEYS},
     }
     assert fields.keys() == HELLO_KEYS
     return RecordDict({"hello": ConfigRecord(fields)})
@@ -311,6 +430,7 @@ def unpack_hello(content: RecordDict) -> Hello:
         spent=_spending(fields, "spent"),
         head=_head(fields),
         composition=cast("Composition", composition),
+        **{key: min(_whole(fields, key), MAX_CAPACITY) for key in CAPACITY_KEYS},
     )
 
 

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_app import lora
+from fl_app import lora, parts, transport
 from fl_app.errors import WireViolation
 from fl_app.types import CodedText, LoraFactors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
+
+    import numpy.typing as npt
 
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, Floats, ReleaseSpec
+    from fl_app.types import Adapter, Factor, Floats, Precision, ReleaseSpec
 
 MANIFEST_BYTES = 1 << 16
 """The most that a message may hold beside its arrays. An honest manifest takes under 3,000 bytes."""
@@ -43,19 +45,98 @@ def pack(values: Mapping[str, Floats]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(values[name], np.float32)) for name in sorted(values)})
 
 
-def pack_adapter(adapter: Adapter) -> ArrayRecord:
-    """Return an adapter's factors as `<layer>.a` and `<layer>.b`."""
-    factors = {f"{name}.a": one.a for name, one in adapter.layers.items()}
-    return pack(factors | {f"{name}.b": one.b for name, one in adapter.layers.items()})
+def pack_factors(
+    adapter: Adapter, factors: Iterable[Factor] = parts.FACTORS, precision: Precision = "float32"
+) -> ArrayRecord:
+    """Return the named factors of an adapter, those that it has, as `<layer>.a` and so on (`fl_app.transport`)."""
+    packed: dict[str, Array] = {}
+    for factor in factors:
+        for key, values in parts.part(adapter, factor).items():
+            for suffix, array in transport.encode(values, factor, precision).items():
+                packed[f"{key}.{suffix}" if suffix else key] = Array(array)
+    return ArrayRecord({key: packed[key] for key in sorted(packed)})
 
 
-def unpack_layers(record: object, spec: LoraSpec | None) -> dict[str, LoraFactors]:
-    """Return the factors of an adapter. Raises: WireViolation."""
+def unpack_factors(record: object, spec: LoraSpec, asked: ReleaseSpec) -> dict[str, Floats]:
+    """Return the factors that were asked for, by `<layer>.<factor>`, each of the server's own shape.
+
+    Raises: WireViolation.
+    """
     found = _arrays(record)
-    shapes = _shapes(found) if spec is None else lora.factor_shapes(spec)
-    values = unpack(found, shapes)
-    names = sorted({key.rpartition(".")[0] for key in values})
-    return {name: LoraFactors(a=values[f"{name}.a"], b=values[f"{name}.b"]) for name in names}
+    told = {key: shape for key, shape in lora.factor_shapes(spec).items() if _factor(key) in asked.factors}
+    names = {name for key in told for name in _pieces(key, asked.precision).values()}
+    if odd := sorted(set(found) ^ names):
+        raise WireViolation("is missing" if odd[0] in names else "is none of ours", rule="layers", tensor=odd[0])
+    return {key: _decoded(key, found, shape, asked.precision) for key, shape in told.items()}
+
+
+def unpack_part(record: object, factor: Factor, precision: Precision) -> dict[str, Floats]:
+    """Return one factor of every layer as a server sends it, of whatever shapes. Raises: WireViolation."""
+    found = _arrays(record)
+    own = [key for key in found if _factor(key) == factor and key.rpartition(".")[0]]
+    for name in (name for key in own for name in _pieces(key, precision).values()):
+        if name not in found:
+            raise WireViolation("is missing", rule="layers", tensor=name)
+    return {key: _decoded(key, found, _two_axes(key, found[key]), precision) for key in own}
+
+
+def _pieces(key: str, precision: Precision) -> dict[str, str]:
+    """Return the names of the arrays that a factor travels as, by what they are (`transport.encode`)."""
+    return {"": key} if precision != "int8" else {"": key, transport.EXPONENT: f"{key}.{transport.EXPONENT}"}
+
+
+def _decoded(key: str, found: ArrayRecord, shape: tuple[int, int], precision: Precision) -> Floats:
+    """Return a factor of this shape from the arrays it travelled as. Raises: WireViolation."""
+    factor, names = cast("Factor", _factor(key)), _pieces(key, precision)
+    shapes = transport.shapes(shape, factor, precision)
+    numbers = {
+        what: _numbers(names[what], found[names[what]], shapes[what], "int8" if what else precision) for what in shapes
+    }
+    return transport.decode(numbers, factor)
+
+
+def layers_of(values: Mapping[str, Floats]) -> dict[str, LoraFactors]:
+    """Return factors by layer. Raises: WireViolation unless every layer has an a and a b that fit together."""
+    layers: dict[str, LoraFactors] = {}
+    for name in sorted({key.rpartition(".")[0] for key in values}):
+        a, b, core = values.get(f"{name}.a"), values.get(f"{name}.b"), values.get(f"{name}.core")
+        square = core is None or (a is not None and core.shape == (a.shape[0], a.shape[0]))
+        if not name or a is None or b is None or a.shape[0] != b.shape[1] or not square:
+            raise WireViolation("factors a and b do not fit together", rule="shape", tensor=name)
+        layers[name] = LoraFactors(a=a, b=b, core=core)
+    if not layers:
+        raise WireViolation("arrays is empty; expected one pair of factors per adapted layer", rule="layers")
+    return layers
+
+
+def some(record: object, factors: Collection[str]) -> ArrayRecord:
+    """Return the arrays of these factors alone, not copied."""
+    found = _arrays(record)
+    if all(_owner(key) in factors for key in found):
+        return found
+    return ArrayRecord({key: array for key, array in found.items() if _owner(key) in factors})
+
+
+def strangers(record: object, factors: Collection[str]) -> list[str]:
+    """Return the names of arrays that are of none of these factors."""
+    return sorted(key for key in _arrays(record) if _owner(key) not in factors)
+
+
+def _owner(key: str) -> str:
+    """Return the factor that an array belongs to: its own numbers, or the exponents of their scales."""
+    name, _, factor = key.removesuffix(f".{transport.EXPONENT}").rpartition(".")
+    return factor if name else ""
+
+
+def unpack_layers(record: object, precision: Precision = "float32") -> dict[str, LoraFactors]:
+    """Return the factors of an adapter as a server sends it: all of them, of whatever shapes. Raises: WireViolation."""
+    found = _arrays(record)
+    if odd := strangers(found, parts.FACTORS):
+        raise WireViolation("is no LoRA factor; expected <layer>.a and <layer>.b", rule="layers", tensor=odd[0])
+    values: dict[str, Floats] = {}
+    for factor in parts.FACTORS:
+        values |= unpack_part(found, factor, precision)
+    return layers_of(values)
 
 
 def unpack(record: object, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Floats]:
@@ -120,8 +201,8 @@ def check_size(content: RecordDict, spec: LoraSpec | None, asked: ReleaseSpec | 
     count = sum(len(record) for record in content.array_records.values())
     texts = 0 if asked is None else text_bytes(asked)
     if spec is not None and asked is not None:
-        numbers, count = _expected(spec, asked)
-        most = 2 * 4 * numbers + MANIFEST_BYTES
+        needed, count = _expected(spec, asked)
+        most = 2 * needed + MANIFEST_BYTES
         sizes = {key: len(one.data) for record in content.array_records.values() for key, one in record.items()}
         if (found := sum(sizes.values())) > most:
             longest = max(sizes, key=lambda key: sizes[key])
@@ -133,12 +214,13 @@ def check_size(content: RecordDict, spec: LoraSpec | None, asked: ReleaseSpec | 
 
 
 def _expected(spec: LoraSpec, asked: ReleaseSpec) -> tuple[int, int]:
-    """Return how many numbers an upload should hold, and in how many arrays."""
+    """Return how many bytes of numbers an upload should hold, and in how many arrays."""
     beside = [*asked.vectors.values(), *asked.survey.values()]
     if asked.kind != "adapter":
-        return sum(beside), len(beside)
-    factors = sum(spec.rank * (d_in + d_out) for d_in, d_out in spec.shapes.values())
-    return factors + sum(beside), 2 * len(spec.shapes) + len(beside)
+        return 4 * sum(beside), len(beside)
+    told = {key: shape for key, shape in lora.factor_shapes(spec).items() if _factor(key) in asked.factors}
+    size = sum(transport.num_bytes(told[key], cast("Factor", _factor(key)), asked.precision) for key in told)
+    return size + 4 * sum(beside), sum(len(_pieces(key, asked.precision)) for key in told) + len(beside)
 
 
 def _beside(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
@@ -169,44 +251,42 @@ def _arrays(record: object) -> ArrayRecord:
     return record
 
 
-def _shapes(record: ArrayRecord) -> dict[str, tuple[int, int]]:
-    """Return the shapes that a message without a spec claims for its own arrays, when they fit together."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for key, array in record.items():
-        name, _, factor = key.rpartition(".")
-        if factor not in {"a", "b"} or not name:
-            raise WireViolation("is no LoRA factor; expected <layer>.a and <layer>.b", rule="layers", tensor=key)
-        if len(array.shape) != 2 or min(array.shape) < 1:  # noqa: PLR2004
-            raise WireViolation(f"is of shape {str(array.shape)[:80]}; expected two axes", rule="shape", tensor=key)
-        shapes[key] = (array.shape[0], array.shape[1])
-    for name in sorted({key.rpartition(".")[0] for key in shapes}):
-        rank, other = shapes.get(f"{name}.a", (0, 0))[0], shapes.get(f"{name}.b", (0, -1))[1]
-        if rank != other:
-            raise WireViolation("factors a and b do not fit together", rule="shape", tensor=name)
-    if not shapes:
-        raise WireViolation("arrays is empty; expected one pair of factors per adapted layer", rule="layers")
-    return shapes
+def _factor(key: str) -> str:
+    """Return what an array's name says that it is."""
+    return key.rpartition(".")[2]
+
+
+def _two_axes(key: str, array: Array) -> tuple[int, int]:
+    if len(array.shape) != 2 or min(array.shape) < 1:  # noqa: PLR2004
+        raise WireViolation(f"is of shape {str(array.shape)[:80]}; expected two axes", rule="shape", tensor=key)
+    return array.shape[0], array.shape[1]
 
 
 def _values(key: str, array: Array, shape: tuple[int, ...]) -> Floats:
     """Return a float32 array over the message's own bytes, which must be exactly what we would send for `shape`."""
-    if array.dtype != "float32":
-        raise WireViolation(f"is {array.dtype[:20]!r}, not float32", rule="dtype", tensor=key)
+    return _numbers(key, array, shape, "float32").astype(np.float32, copy=False)
+
+
+def _numbers(key: str, array: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Return an array of a type over the message's own bytes, which must be exactly what we would send for `shape`."""
+    if array.dtype != dtype:
+        raise WireViolation(f"is {array.dtype[:20]!r}, not {dtype}", rule="dtype", tensor=key)
     if array.shape != shape:
         told = str(array.shape[:4]) if len(array.shape) <= 4 else f"{len(array.shape)} axes"  # noqa: PLR2004
         raise WireViolation(f"is {told[:80]}, ours is {shape}", rule="shape", tensor=key)
     if array.stype != "numpy.ndarray":
         raise WireViolation(f"is written as {array.stype[:20]!r}, not numpy.ndarray", rule="bytes", tensor=key)
-    header = _header(shape)
-    if len(array.data) != len(header) + 4 * math.prod(shape) or not array.data.startswith(header):
+    code = transport.DTYPES[dtype]
+    header = _header(shape, code)
+    if len(array.data) != len(header) + np.dtype(code).itemsize * math.prod(shape) or not array.data.startswith(header):
         raise WireViolation(
-            f"is not what numpy.save writes for float32 {shape}: {len(array.data)} bytes", rule="bytes", tensor=key
+            f"is not what numpy.save writes for {dtype} {shape}: {len(array.data)} bytes", rule="bytes", tensor=key
         )
-    return np.frombuffer(array.data, "<f4", offset=len(header)).reshape(shape).astype(np.float32, copy=False)
+    return np.frombuffer(array.data, code, offset=len(header)).reshape(shape)
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    """Return what `numpy.save` writes before the numbers of a float32 array of this shape."""
+def _header(shape: tuple[int, ...], code: str) -> bytes:
+    """Return what `numpy.save` writes before the numbers of an array of this shape and type."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(buffer, {"descr": code, "fortran_order": False, "shape": shape})
     return buffer.getvalue()

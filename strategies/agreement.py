@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
+from fl_app import factors
 from fl_app.config import Section, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.kernel_sum import KernelSumSection
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fl_app.config import Tree
+    from fl_app.factors import Schedule
     from fl_app.types import ReleaseKind, ReleaseSpec
 
 RELEASED: dict[str, ReleaseKind] = {
@@ -30,6 +32,11 @@ RELEASED: dict[str, ReleaseKind] = {
     "dp_ffa_lora": "adapter",
     "dp_distil": "adapter",
     "plain_lora": "adapter",
+    "dp_rolora": "adapter",
+    "dp_la_lora": "adapter",
+    "dp_lora_sb": "adapter",
+    "dp_fedsa_lora": "adapter",
+    "zeroth_order": "adapter",
     "private_prediction": "text",
     "invisible_ink": "text",
     "epsvec": "vector",
@@ -68,6 +75,35 @@ def check_task(distiller: Any, tuner: Any) -> None:
         raise ConfigInvalid(
             f"server.tuner.rehearse = {rehearse:g} would write the task server.distiller.task after control codes, "
             "where a draft belongs; write rehearse = 0"
+        )
+
+
+def schedule(tree: Tree) -> Schedule | None:
+    """Return which factors the sites' learner moves; None where it sends no adapter."""
+    client = tree.get("client")
+    learner = client.get("learner") if isinstance(client, dict) else None
+    if not isinstance(learner, dict) or str(learner.get("kind")) not in factors.KINDS:
+        return None
+    return factors.schedule_of(learner)
+
+
+def check_carried(tree: Tree, server: Any) -> None:
+    """Raise `ConfigInvalid` when learner, aggregator and what is carried from round to round do not fit."""
+    how, aggregator = schedule(tree), server.aggregator.kind
+    if server.carries == "merged" and server.synthesizer.writes_from != "adapter":
+        raise ConfigInvalid(
+            f'server.carries = "merged" carries the sites\' adapters on, and server.synthesizer.kind = '
+            f'{server.synthesizer.kind!r} asks them for none; write carries = "target"'
+        )
+    if server.carries == "merged" and not getattr(server.aggregator, "carries", True):
+        raise ConfigInvalid(
+            f"server.aggregator.kind = {aggregator!r} grows in rank and cannot be trained on; to carry it on, write "
+            '"stacked" (FLoRA), "residual" (FedEx-LoRA) or "truncated_svd" (FlexLoRA)'
+        )
+    if how == "core" and (server.carries == "target" or server.synthesizer.kind != "no_drafts"):
+        raise ConfigInvalid(
+            "a learner that trains cores (Fed-SB) keeps a and b for the whole run, and a tuner would move them; write "
+            'server.carries = "merged" and server.synthesizer = {kind = "no_drafts"}'
         )
 
 

@@ -18,7 +18,7 @@ from fl_app.types import Refusal, Upload
 from strategies.validate import Rejection, broken_rule, cost_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from fl_app.lora import LoraSpec
@@ -78,15 +78,17 @@ def needed(asked: int, quorum: float) -> int:
 def judge(
     collected: Collected,
     *,
-    broadcast: Broadcast,
-    spec: LoraSpec,
+    broadcast: Callable[[str], Broadcast],
+    spec: Callable[[str], LoraSpec],
     asked: ReleaseSpec,
     spending: Spending,
     seen: Mapping[str, str],
     cap: UpdateCap | None,
     accept_non_private: bool,
 ) -> Judged:
-    """Return what stands of a wave: each upload held against the server's own spec and the site's history.
+    """Return what stands of a wave: each upload held against what its site was sent, and the site's history.
+
+    `broadcast` and `spec` give what a site was sent, and what it was to train, by its name.
 
     `seen` says by content hash what every adapter known from before is: no release can be one of them.
     """
@@ -96,8 +98,8 @@ def judge(
         hello = spending.sites.get(upload.site)
         broken = broken_rule(
             upload,
-            broadcast=broadcast,
-            spec=spec,
+            broadcast=broadcast(upload.site),
+            spec=spec(upload.site),
             asked=asked,
             site=hello,
             cap=cap,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fl_app import journal, lora, models, peft_files, text
+from fl_app import journal, lora, models, parts, peft_files, text, transport
 from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.journal import Journal
 from fl_app.seeds import stream
-from strategies import agreement
+from strategies import agreement, ranks
 from strategies.aggregators import AnyAggregator
 from strategies.checkpoint import Checkpoint
 from strategies.distillers import AnyDistiller
@@ -23,6 +24,7 @@ from strategies.exam import ExamSection, read_exam
 from strategies.filters import AnyFilter
 from strategies.lab import Lab
 from strategies.pipeline import Pipeline
+from strategies.ranks import AnyRanks, SameRank
 from strategies.reach import read_cap
 from strategies.spending import Spending
 from strategies.stages import Setting, Stages
@@ -61,11 +63,15 @@ class ProfessionalSection(Section):
 class ServerSection(Section):
     """[server]. `accept_non_private` takes releases without receipts; the run is then labelled by them.
 
+    `carries` is what the next round starts from: the tuned target, or the aggregate (`strategies.carried`).
+
     `max_update_norm` is the most that a site's update may measure, in L2 norm over all factors; what the optimizer of
     [client.learner] can reach in a round holds in any case (`strategies.reach`).
     """
 
     accept_non_private: bool = False
+    carries: Literal["target", "merged"] = "target"
+    ranks: AnyRanks = SameRank()
     max_update_norm: Annotated[float, Field(gt=0)] = 1e6
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -85,6 +91,7 @@ def read_server(tree: Tree) -> ServerSection:
     _check_voices(server)
     agreement.check(tree, synthesizer=server.synthesizer, filters=server.filters)
     agreement.check_task(server.distiller, server.tuner)
+    agreement.check_carried(tree, server)
     return server
 
 
@@ -128,7 +135,8 @@ def build_pipeline(tree: Tree, shared: SharedConfig, server: ServerSection, *, r
 def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str, checkpoint: Checkpoint) -> Pipeline:
     exam = read_exam(server.exam, seed=shared.run.seed)
     local = models.load(shared.model.name, shared.model.dtype)
-    spec = lora.spec_of(local, shared.lora)
+    core = agreement.schedule(tree) == "core"
+    spec = dataclasses.replace(lora.spec_of(local, shared.lora), core=core)
     _check_space(shared, server, spec)
     professional = models.load(server.professional.model or shared.model.name, shared.model.dtype)
     lab = Lab(
@@ -149,6 +157,7 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
         rounds=shared.run.rounds,
         sites=server.network.sites,
         directory=Path(shared.run.directory),
+        init=shared.lora.init,
     )
     stages = Stages(
         aggregator=server.aggregator.build(setting),
@@ -171,11 +180,13 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
         spending=Spending(journal=record),
         config_digest=digest(tree),
         tree=tree,
-        start=_start(shared, spec),
+        start=_start(shared, spec, local),
         quorum=server.network.quorum,
         survey=agreement.survey(tree, stages.synthesizer.asks),
         accept_non_private=server.accept_non_private,
         cap=_cap(tree, server),
+        ranks=ranks.build(server.ranks, spec=spec, seed=shared.run.seed, frozen=local),
+        carries=server.carries,
     )
 
 
@@ -199,8 +210,14 @@ def _check_space(shared: SharedConfig, server: ServerSection, spec: LoraSpec) ->
     journal.check_space(Path(shared.run.directory), need)
 
 
-def _start(shared: SharedConfig, spec: LoraSpec) -> Adapter:
-    """Return the adapter a run starts from. Raises: ConfigInvalid, AdapterMismatch."""
+def _start(shared: SharedConfig, spec: LoraSpec, local: FrozenModel) -> Adapter:
+    """Return the adapter a run starts from, as it travels. Raises: ConfigInvalid, AdapterMismatch."""
+    return transport.rounded(_chosen_start(shared, spec, local), parts.FACTORS, shared.lora.broadcast_precision)
+
+
+def _chosen_start(shared: SharedConfig, spec: LoraSpec, local: FrozenModel) -> Adapter:
+    if not shared.lora.start and shared.lora.init == "weights":
+        return lora.from_weights(local, spec)
     if not shared.lora.start:
         return lora.initial(spec, stream(shared.run.seed, "initial adapter"), shared.lora.init)
     folder = Path(shared.lora.start)

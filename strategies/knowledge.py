@@ -12,10 +12,10 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result, Strategy
 
-from fl_app import wire, wire_arrays
+from fl_app import lora, wire, wire_arrays
 from fl_app.errors import StillroomError, WireViolation
 from fl_app.types import Probe, Refusal, Upload
 from strategies.cohort import Cohort, exchange, gather, refresh
@@ -44,7 +44,7 @@ class Knowledge(Strategy):
         self.pipeline = pipeline
         self.network = network
         self.cohort = Cohort(hellos={}, unready={})
-        self._bytes_down = 0
+        self._bytes_down: dict[str, int] = {}
         self._seconds = 0.0
         self._strays: list[Message] = []
         self._ids: set[str] = set()
@@ -160,20 +160,21 @@ class Knowledge(Strategy):
             self.pipeline.spending.join(self._hellos())
 
     def _to_all(self, number: int, kind: str) -> list[Message]:
-        content = wire.pack_broadcast(self.pipeline.broadcast(number))
-        self._bytes_down = wire_arrays.num_bytes(content)
-        ttl = self.network.reply_timeout_s
-        heads = self.pipeline.spending.heads
-        return [
-            Message(
-                wire.addressed(content, heads.get(self.cohort.hellos[node].site, "")),
-                node,
-                kind,
-                group_id=str(number),
-                ttl=ttl,
-            )
-            for node in self.cohort.nodes()
-        ]
+        """Return the messages of a wave: to each site what it carries, without the parts that it has."""
+        heads, packed = self.pipeline.spending.heads, dict[str, RecordDict]()
+        precision = self.pipeline.shared.lora.broadcast_precision
+        messages: list[Message] = []
+        for node in self.cohort.nodes():
+            site = self.cohort.hellos[node].site
+            mine = self.pipeline.broadcast_to(site, number)
+            key = lora.sha256(mine.adapter)
+            if key not in packed:
+                packed[key] = wire.pack_broadcast(mine, precision)
+            content = wire.addressed(packed[key], heads.get(site, ""), self.pipeline.answered.get(site, ()))
+            self._bytes_down[site] = wire_arrays.num_bytes(content)
+            ttl = self.network.reply_timeout_s
+            messages.append(Message(content, node, kind, group_id=str(number), ttl=ttl))
+        return messages
 
     def _wave(self, grid: Grid, phase: str, number: int, messages: Iterable[Message]) -> list[Message]:
         """Send a wave and return what came in time, telling the journal as it comes."""
@@ -258,7 +259,7 @@ class Knowledge(Strategy):
             silent=tuple(site for site in sites if site not in first),
             asked=max(len(sites), self.network.sites),
             bytes_up=bytes_up,
-            bytes_down=dict.fromkeys(sites, self._bytes_down),
+            bytes_down={site: self._bytes_down.get(site, 0) for site in sites},
             seconds=self._seconds,
             strays=tuple(strays),
         )
@@ -268,8 +269,13 @@ class Knowledge(Strategy):
         if message.has_error():
             return _error(site, message)
         try:
-            bins = self.pipeline.bins(number)
-            reply = wire.unpack_reply(message.content, self.pipeline.spec, self.pipeline.asked, bins)
+            reply = wire.unpack_reply(
+                message.content,
+                self.pipeline.spec_of(site, number),
+                self.pipeline.asked_in(number),
+                self.pipeline.bins(number),
+                self.pipeline.broadcast_to(site, number).adapter,
+            )
         except WireViolation as error:
             return unreadable(site, error)
         if isinstance(reply, Refusal) and reply.site == "unnamed":

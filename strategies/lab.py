@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from fl_app import inference, lora, models, row_adapters, steering
+from fl_app import inference, lora, low_rank, models, row_adapters, steering
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +214,7 @@ class RowsModel:
 
 
 class Lab:
-    """The server's models and cores for one run."""
+    """The server's models and cores for one run. `under` are adapters that lie under every one that W_loc is given."""
 
     def __init__(
         self,
@@ -233,6 +233,7 @@ class Lab:
         self.directory = directory
         self.public_words = public_words
         self.surveys: Mapping[str, VectorRelease] = {}
+        self.under: tuple[Adapter, ...] = ()
         self.threads = threads
         self.system = system
         self.progress: Callable[[int, int], None] = lambda _done, _total: None
@@ -249,13 +250,13 @@ class Lab:
 
     def local_with(self, adapter: Adapter | None, name: str) -> LabModel:
         """Return W_loc carrying `adapter`, or bare."""
-        return self._text(name, self.local, adapter)
+        return self._text(name, self.local, None if adapter is None else self._on_blocks(adapter))
 
     def local_with_rows(self, adapters: Mapping[str, Adapter]) -> RowsModel:
         """Return W_loc as one writer per adapter, all writing in the same batches."""
         return RowsModel(
             frozen=self.local,
-            adapters=adapters,
+            adapters={name: self._on_blocks(adapter) for name, adapter in adapters.items()},
             batch_rows=self._batch_rows,
             pool=self._pool,
             progress=self._progressed,
@@ -263,7 +264,7 @@ class Lab:
 
     def trainee(self, adapter: Adapter) -> Any:
         """Return a PEFT model of W_loc whose adapter may be trained; it shares the frozen weights."""
-        return lora.attach(self.local, adapter)
+        return lora.attach(self.local, adapter, self.under)
 
     def side_by_side(self, work: Callable[[InT], OutT], jobs: Sequence[InT]) -> list[OutT]:
         """Return `work` of every job, in order, computed on the lab's threads."""
@@ -272,6 +273,9 @@ class Lab:
     def close(self) -> None:
         """Give the threads back."""
         self._pool.shutdown()
+
+    def _on_blocks(self, adapter: Adapter) -> Adapter:
+        return low_rank.compact(lora.stacked([adapter, *self.under])) if self.under else lora.plain(adapter)
 
     def _progressed(self, done: int, total: int) -> None:
         self.progress(done, total)

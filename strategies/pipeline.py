@@ -20,15 +20,16 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from fl_app import journal, lora, peft_files, releases, votes
+from fl_app import factors, journal, lora, parts, peft_files, releases, transport, votes
 from fl_app.errors import RoundFailed
 from fl_app.privacy.events import receipt_to_dict
 from fl_app.privacy.statement import of_site
 from fl_app.seeds import stream
 from fl_app.types import Broadcast, Material, Merged, RoundRecord
-from strategies import readback, screening
+from strategies import carried, readback, screening
+from strategies.carried import Carried
 from strategies.checkpoint import Made
 from strategies.collected import from_json, judge, needed, to_json, too_few, write_release
 from strategies.round_record import record_of
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from strategies.collected import Collected, Judged
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
+    from strategies.ranks import Ranks
     from strategies.reach import UpdateCap
     from strategies.spending import Spending
 
@@ -70,10 +72,13 @@ class Pipeline:
     tree: dict[str, Any]
     start: Adapter
     quorum: float
+    ranks: Ranks
+    carries: Literal["target", "merged"] = "target"
     survey: Mapping[str, int] = field(default_factory=dict[str, int])
     accept_non_private: bool = False
     cap: UpdateCap | None = None
-    target: Adapter = field(init=False)
+    carried: Carried = field(init=False)
+    answered: dict[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
     kept: list[Draft] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
     records: list[RoundRecord] = field(default_factory=list)
@@ -85,7 +90,12 @@ class Pipeline:
     surveys: dict[str, VectorRelease] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.target = self.start
+        self.carried = Carried(adapter=self.start)
+
+    @property
+    def target(self) -> Adapter:
+        """The target: what sites train next, without what lies under it."""
+        return self.carried.adapter
 
     def open(self, sites: Mapping[str, Hello], unready: Mapping[str, str]) -> None:
         """Begin the run: who is here, what is configured, and where base and professional stand before any round.
@@ -134,15 +144,33 @@ class Pipeline:
         return Broadcast(
             run=self.run,
             round=number,
-            adapter=self.target,
+            adapter=self.carried.adapter,
             config_digest=self.config_digest,
             material=self.materials.get(number, Material()),
+            blocks=self.carried.blocks,
         )
+
+    def spec_of(self, site: str, number: int) -> LoraSpec:
+        """Return the spec that a site trains in a round; the round's own for a site that nobody knows."""
+        hello = self.spending.sites.get(site)
+        return self.ranks.of_round(number) if hello is None else self.ranks.of_site(hello, number)
+
+    def broadcast_to(self, site: str, number: int) -> Broadcast:
+        """Return what one site gets at the start of round `number`: the broadcast, or what it can carry of it."""
+        mine, broadcast = self.carried.cut(self.spec_of(site, number)), self.broadcast(number)
+        return dataclasses.replace(broadcast, adapter=mine.adapter, blocks=mine.blocks)
 
     @property
     def asked(self) -> ReleaseSpec:
-        """What every site is asked for in a round: what the synthesizer writes from, and the survey."""
+        """What every site is asked for in a run: what the synthesizer writes from, and the survey."""
         return dataclasses.replace(self.stages.synthesizer.asks, survey=self.survey)
+
+    def asked_in(self, number: int) -> ReleaseSpec:
+        """Return what every site is asked for in a round: of an adapter, the factors that its learner moves."""
+        if self.asked.kind != "adapter":
+            return self.asked
+        told = factors.sent(self.tree.get("client", {}).get("learner", {}), number)
+        return dataclasses.replace(self.asked, factors=told, precision=self.shared.lora.upload_precision)
 
     def bins(self, number: int) -> tuple[str, ...]:
         """Return the names of a histogram's counts in round `number`: the texts that the sites were sent, in order."""
@@ -176,6 +204,7 @@ class Pipeline:
         """
         seconds: dict[str, float] = {}
         folder = self.journal.round(number)
+        self.lab.under = self.carried.blocks
         material = self.prepare(number)
         judged = self._judge(number, collected, folder, seconds)
         merged = self._aggregate(number, judged, folder, seconds)
@@ -183,17 +212,17 @@ class Pipeline:
         drafts = self._synthesise(number, voices, folder, seconds)
         kept, dropped = self._screen(number, drafts, folder, seconds)
         lessons = self._distil(number, kept, folder, seconds)
-        target = self._tune(number, lessons, folder, seconds)
-        self.target, self.kept, self.lessons = target, [*self.kept, *kept], [*self.lessons, *lessons]
-        adapter = self.lab.local_with(merged.adapter, "adapter")
-        models = {"adapter": adapter, f"target_round_{number}": self.lab.local_with(target, "target")}
+        models = {"adapter": self.lab.local_with(merged.adapter, "adapter")} if self.carries == "target" else {}
+        self._carry(number, merged, lessons, folder, seconds)
+        self.kept, self.lessons = [*self.kept, *kept], [*self.lessons, *lessons]
+        models[f"target_round_{number}"] = self.lab.local_with(self.target, "target")
         self._examine(number, models, seconds)
         record = record_of(
             number,
             judged,
             merged,
             spending=self.spending,
-            target=target,
+            target=self.target,
             written=len(drafts),
             dropped=dropped,
             lessons=len(lessons),
@@ -204,8 +233,9 @@ class Pipeline:
         self.records.append(record)
         if self.checkpoint.find(number, "publish") is None:
             journal.write_json(folder / "record.json", record)
-            peft_files.save(target, self.journal.directory / "target", base_name=self.shared.model.name)
-            self.note("target_published", number, object_sha256=lora.sha256(target))
+            published = self.carried.complete()
+            peft_files.save(published, self.journal.directory / "target", base_name=self.shared.model.name)
+            self.note("target_published", number, object_sha256=lora.sha256(self.target))
             self.checkpoint.commit(number, "publish", files=[folder / "record.json"], value={}, seconds=0.0)
             self.journal.event(
                 "round_finished",
@@ -236,9 +266,9 @@ class Pipeline:
             assert collected is not None, "a round whose uploads were not collected before needs them"
             judged = judge(
                 collected,
-                broadcast=self.broadcast(number),
-                spec=self.spec,
-                asked=self.asked,
+                broadcast=lambda site: self.broadcast_to(site, number),
+                spec=lambda site: self.spec_of(site, number),
+                asked=self.asked_in(number),
                 spending=self.spending,
                 seen=self.spending.adapters(self.start, self.records),
                 cap=self.cap,
@@ -261,6 +291,8 @@ class Pipeline:
         seconds["train"] = seconds.pop("validate")
         judged = from_json(done.value, folder, seconds=done.seconds)
         self.spending.enter(number, judged)
+        for upload in judged.sound:
+            self.answered[upload.site] = self.carried.cut(self.spec_of(upload.site, number)).parts()
         self.surveys |= {upload.site: upload.survey for upload in judged.sound if upload.survey is not None}
         self.lab.surveys = dict(sorted(self.surveys.items()))
         return judged
@@ -268,11 +300,15 @@ class Pipeline:
     def _aggregate(self, number: int, judged: Judged, folder: Path, seconds: dict[str, float]) -> Merged:
         def work() -> Made:
             merged = self._merged(number, judged)
-            peft_files.save(merged.adapter, folder / "merged", base_name=self.shared.model.name)
-            cost = merged.cost
-            told = cost and {**asdict(cost), "receipt": receipt_to_dict(cost.receipt)}
-            value = {"used": merged.used, "rejected": dict(merged.rejected), "cost": told}
-            return Made(files=[folder / "merged"], value=value)
+            base_name = self.shared.model.name
+            peft_files.save(merged.adapter, folder / "merged", base_name=base_name)
+            places = [folder / "merged"]
+            value: dict[str, Any] = {"used": merged.used, "rejected": dict(merged.rejected)}
+            value["cost"] = merged.cost and {**asdict(merged.cost), "receipt": receipt_to_dict(merged.cost.receipt)}
+            if self.carries == "merged":
+                places += carried.write(merged, folder, base_name=base_name)
+                value |= {"start": merged.start is not None, "blocks": len(merged.blocks)}
+            return Made(files=places, value=value)
 
         value = self._phase(number, "aggregate", seconds, work).value
         merged = Merged(
@@ -281,6 +317,7 @@ class Pipeline:
             rejected={**{site: str(broken) for site, broken in judged.rejected.items()}, **value["rejected"]},
             cost=readback.cost(value["cost"]),
         )
+        merged = carried.read(merged, folder, blocks=value.get("blocks", 0), start=value.get("start", False))
         for site, rule in value["rejected"].items():
             self.spending.tell(number, site, "rejected", code=rule)
         self.spending.charge(number, merged.cost)
@@ -289,7 +326,9 @@ class Pipeline:
     def _merged(self, number: int, judged: Judged) -> Merged:
         """Return the aggregate of the adapters; releases of another kind leave the broadcast's adapter as it was."""
         if self.asked.kind == "adapter":
-            return self.stages.aggregator(judged.sound, self.broadcast(number))
+            whole = self.carried.cut(self.ranks.of_round(number))
+            broadcast = dataclasses.replace(self.broadcast(number), adapter=whole.adapter)
+            return self.stages.aggregator([carried.whole(one, broadcast) for one in judged.sound], broadcast)
         return Merged(adapter=self.target, used=tuple(upload.site for upload in judged.sound))
 
     def _synthesise(self, number: int, voices: Voices, folder: Path, seconds: dict[str, float]) -> tuple[Draft, ...]:
@@ -327,14 +366,23 @@ class Pipeline:
         self._phase(number, "distil", seconds, work)
         return readback.lessons(path)
 
-    def _tune(self, number: int, lessons: Sequence[Lesson], folder: Path, seconds: dict[str, float]) -> Adapter:
+    def _carry(
+        self, number: int, merged: Merged, lessons: Sequence[Lesson], folder: Path, seconds: dict[str, float]
+    ) -> None:
+        """Make the next target: tune the last one, or the round's aggregate where that is carried, on all lessons."""
+        after = self.carried
+        if self.carries == "merged":
+            after = self.carried.after(merged, self.ranks.of_round(number))
+            self.lab.under = after.blocks
+
         def work() -> Made:
-            target = self.stages.tuner(self.target, (*self.lessons, *lessons), self._rng("tune", number))
+            target = self.stages.tuner(after.adapter, (*self.lessons, *lessons), self._rng("tune", number))
+            target = transport.rounded(target, parts.FACTORS, self.shared.lora.broadcast_precision)
             peft_files.save(target, folder / "target", base_name=self.shared.model.name)
             return Made(files=[folder / "target"])
 
         self._phase(number, "tune", seconds, work)
-        return peft_files.load(folder / "target")
+        self.carried = dataclasses.replace(after, adapter=peft_files.load(folder / "target"))
 
     def _examine(self, number: int, models: Mapping[str, TextModel], seconds: dict[str, float]) -> None:
         def work() -> Made:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
 
-from fl_app import lora, models, peft_files, wire
+from fl_app import lora, models, parts, peft_files, wire
 from fl_app.config import read_tree, shared
 from fl_app.privacy.accountants import pld
 from fl_app.types import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from flwr.app import Context
 
+    from fl_app.types import Broadcast, Floats
     from strategies.pipeline import Pipeline
 
     Twist = Callable[[Message, Message], Sequence[Message]]
@@ -184,11 +185,22 @@ class Hostile(LocalGrid):
             told = {"site": NAMES[number % 3], "epsilon": BUDGET, "delta": DELTA, "unit": "record", "spent": 0.0}
             reply: Any = Hello(**{**told, **self.hellos.get(number, {})})
         else:
-            broadcast = wire.unpack_broadcast(message.content)
+            broadcast = read(message.content)
             reply = upload(broadcast, NAMES[number % 3])
             if message.metadata.message_type == "evaluate":
                 reply = Probe(site=NAMES[number % 3], round=broadcast.round, items=1, bits_per_byte=2.0)
         return Message(wire.pack_reply(reply), reply_to=message)
+
+
+KEPT: dict[str, Mapping[str, Floats]] = {}
+
+
+def read(content: RecordDict) -> Broadcast:
+    """Return a broadcast as a site that forgets nothing reads it."""
+    broadcast = wire.unpack_broadcast(content, KEPT.get)
+    pieces = [parts.part(broadcast.adapter, factor) for factor in parts.of_adapter(broadcast.adapter)]
+    KEPT.update((parts.sha256(piece), piece) for piece in [*pieces, *map(parts.arrays_of, broadcast.blocks)])
+    return broadcast
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from simulations import launch
 from strategies.knowledge import Knowledge
 from strategies.reach import norm, read_cap
 from strategies.validate import Rejection, broken_rule
-from tests.faults.hostile import BUDGET, COST, DELTA, RECEIPT, STEPS, Hostile, Played, Stage, moved, stage, upload
+from tests.faults.hostile import BUDGET, COST, DELTA, RECEIPT, STEPS, Hostile, Played, Stage, moved, read, stage, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ __all__ = ["stage"]
 
 def again(change: Callable[[RecordDict, Broadcast], RecordDict]) -> Callable[[Message, Message], list[Message]]:
     def twist(asked: Message, reply: Message) -> list[Message]:
-        reply.content = change(reply.content, wire.unpack_broadcast(asked.content))
+        reply.content = change(reply.content, read(asked.content))
         return [reply]
 
     return twist
@@ -102,7 +102,7 @@ def test_a_release_of_an_earlier_round_is_no_release_of_this(stage: Stage) -> No
     kept: list[Adapter] = []
 
     def replay(asked: Message, reply: Message) -> list[Message]:
-        broadcast = wire.unpack_broadcast(asked.content)
+        broadcast = read(asked.content)
         kept.append(moved(broadcast.adapter, seed=1))
         return [Message(wire.pack_reply(upload(broadcast, "inn", kept[0])), reply_to=asked)]
 
@@ -126,7 +126,7 @@ def test_nobody_sends_what_another_sent(stage: Stage) -> None:
     """Two sites with one release: the second by name is turned away."""
 
     def copied(asked: Message, _: Message) -> list[Message]:
-        broadcast = wire.unpack_broadcast(asked.content)
+        broadcast = read(asked.content)
         farms = moved(broadcast.adapter, seed=0)
         return [Message(wire.pack_reply(upload(broadcast, "inn", farms)), reply_to=asked)]
 
@@ -149,7 +149,7 @@ def test_flowers_own_loop_takes_one_reply_of_a_site_as_well(stage: Stage, clean:
     knowledge.open(grid)
     wave = list(knowledge.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
     replies = list(grid.send_and_receive(wave))
-    broadcast = wire.unpack_broadcast(wave[1].content)
+    broadcast = read(wave[1].content)
     twice, late, nobodys = (
         Message(wire.pack_reply(upload(broadcast, "inn", moved(broadcast.adapter, seed=9 + n))), reply_to=wave[1])
         for n in range(3)

@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDic
 from fl_app import wire
 from fl_app.types import Adapter, Broadcast, LoraFactors
 from strategies.reach import read_cap
-from tests.faults.hostile import COST, STEPS, Hostile, Played, Stage, moved, stage, upload
+from tests.faults.hostile import COST, STEPS, Hostile, Played, Stage, moved, read, stage, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def content(rule: str, tensor: str, change: Callable[[RecordDict, Broadcast], Re
     """Return the case in which the inn's message is changed, or another one put in its place."""
 
     def twist(asked: Message, reply: Message) -> list[Message]:
-        reply.content = change(reply.content, wire.unpack_broadcast(asked.content))
+        reply.content = change(reply.content, read(asked.content))
         return [reply]
 
     return Case(twist=twist, rule=rule, tensor=tensor, **more)
@@ -165,14 +165,14 @@ def record(name: str, more: Any) -> Callable[[RecordDict, Broadcast], RecordDict
 
 def twice(asked: Message, reply: Message) -> list[Message]:
     """A sound upload, and another sound one behind it."""
-    broadcast = wire.unpack_broadcast(asked.content)
+    broadcast = read(asked.content)
     second = upload(broadcast, "inn", moved(broadcast.adapter, seed=99))
     return [reply, Message(wire.pack_reply(second), reply_to=asked)]
 
 
 def stranger(asked: Message, reply: Message) -> list[Message]:
     """A sound upload in the inn's name, to the inn's message, from a node that nobody asked; then the inn's own."""
-    broadcast = wire.unpack_broadcast(asked.content)
+    broadcast = read(asked.content)
     forged = Message(wire.pack_reply(upload(broadcast, "inn", moved(broadcast.adapter, seed=99))), reply_to=asked)
     forged.metadata.__dict__["_src_node_id"] = 77
     return [forged, reply]

@@ -48,8 +48,10 @@ from strategies.config import NetworkSection
 from strategies.exam import Exam
 from strategies.knowledge import Knowledge
 from strategies.pipeline import Pipeline
+from strategies.ranks import Ranks, SameRank
 from strategies.spending import Spending
 from strategies.stages import Stages
+from tests.faults.hostile import read
 from tests.faults.writer import Writer
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class Houses:
         if message.metadata.message_type == "query":
             hello = Hello(site=_name(site), epsilon=8.0, delta=1e-5, unit="record", spent=0.0)
             return Message(wire.pack_reply(hello), reply_to=message)
-        broadcast = wire.unpack_broadcast(message.content)
+        broadcast = read(message.content)
         number = broadcast.round
         if (number, site) not in self.outbox:
             self.trained[number, site] += 1
@@ -250,9 +252,10 @@ def _knowledge(directory: Path, quorum: float, rounds: int = ROUNDS) -> Knowledg
         audit=AuditLog(directory / "audit.jsonl", "server"),
         spending=Spending(journal=record),
         config_digest="d" * 64,
-        tree={"run": {"rounds": rounds}},
+        tree={"run": {"rounds": rounds}, "client": {"learner": {"kind": "dp_lora"}}},
         start=_adapter(),
         quorum=quorum,
+        ranks=Ranks(section=SameRank(), spec=SPEC, seed=0, cost=lambda _, __: 0),
     )
     network = NetworkSection(sites=SITES, wait_s=120.0, reply_timeout_s=DEADLINE_S, poll_s=POLL_S, quorum=quorum)
     return Knowledge(pipeline, network)

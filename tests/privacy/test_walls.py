@@ -123,10 +123,21 @@ MESSAGES: dict[str, Message] = {
     "probe": Probe(site="inn", round=2, items=3, bits_per_byte=2.5),
 }
 KEYS = {
-    "broadcast": ["alpha", "base", "config_digest", "head", "round", "run", "sha256"],
+    "broadcast": ["alpha", "base", "blocks", "config_digest", "head", "parts", "precision", "round", "run", "sha256"],
     "upload": ["alpha", "base", "head", "kind", "receipts", "round", "run", "sha256", "site", "spent"],
     "refusal": ["code", "incident", "round", "site"],
-    "hello": ["composition", "delta", "epsilon", "head", "site", "spent", "unit"],
+    "hello": [
+        "composition",
+        "delta",
+        "epsilon",
+        "first_layer",
+        "head",
+        "memory_mb",
+        "micro_batch_tokens",
+        "site",
+        "spent",
+        "unit",
+    ],
     "probe": ["bits_per_byte", "items", "round", "site"],
 }
 ARRAYS = ["m.0.q.a", "m.0.q.b", "m.1.v.a", "m.1.v.b"]
@@ -268,11 +279,11 @@ KINDS = {
     **dict.fromkeys(
         [
             *("run", "config_digest", "base", "sha256", "site", "kind", "receipts", "code", "incident", "unit"),
-            *("head", "composition"),
+            *("head", "composition", "precision", "parts", "blocks"),
         ],
         "text",
     ),
-    **dict.fromkeys(["round", "items"], "whole"),
+    **dict.fromkeys(["round", "items", "memory_mb", "first_layer", "micro_batch_tokens"], "whole"),
     **dict.fromkeys(["epsilon", "delta", "bits_per_byte"], "number"),
     "spent": "spending",
     "alpha": "alpha",
@@ -296,6 +307,15 @@ def test_values_of_another_type_are_refused(name: str, key: str) -> None:
         ("upload", "alpha", 9.0),
         ("broadcast", "sha256", ""),
         ("broadcast", "alpha", 9.0),
+        ("broadcast", "precision", "int4"),
+        *(
+            ("broadcast", "parts", value)
+            for value in ("", "{}", "[]", "null", '{"a": "x", "b": "y"}', '{"a": 1, "b": 2}')
+        ),
+        *(
+            ("broadcast", "blocks", value)
+            for value in ("", "{", "3", "[[1, 2]]", '[["x", 1.0]]', '[["' + "0" * 64 + '"]]')
+        ),
         ("refusal", "code", "no such code"),
         ("refusal", "code", ""),
         ("hello", "site", "../../tmp/x"),

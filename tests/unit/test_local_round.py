@@ -204,8 +204,9 @@ def test_a_resend_comes_from_the_outbox(
     uploaded(ask(site, broadcast(start, 2), told))
     before = (site.directory / "ledger" / "ledger.jsonl").read_bytes()
     forbid(monkeypatch, "rows", "model", "learner", "noise", "calibration")
-    again = uploaded(ask(site, broadcast(learned(6)), told))
+    again = uploaded(ask(site, broadcast(start), told))
     assert lora.sha256(adapter_of(again)) == lora.sha256(adapter_of(first))
+    refused(site, ask(site, broadcast(learned(6)), told), "policy", "was answered, to another broadcast")
     assert (again.site, again.round, again.receipts) == (first.site, first.round, first.receipts)
     assert again.spent == ledger_of(site).spent(DELTA) > first.spent
     assert (site.directory / "ledger" / "ledger.jsonl").read_bytes() == before
@@ -230,7 +231,7 @@ def test_runs_with_similar_names_have_their_own_outbox(site: Site, start: Adapte
         assert lora.sha256(adapter_of(again)) == lora.sha256(adapter_of(first))
     assert {path.name for path in site.directory.iterdir()} == {
         *("rows.jsonl", "codes.jsonl", "site.toml"),
-        *("ledger", "outbox", "audit.jsonl"),
+        *("ledger", "outbox", "audit.jsonl", "received"),
     }
 
 
