@@ -113,20 +113,20 @@ class SharedConfig(Section):
 
 
 def read_tree(config: str, overrides: str = "") -> Tree:
-    """Return the tree of a TOML file with overrides applied.
+    """Return the tree of a TOML file, on top of the file that it `extends`, with overrides applied.
 
-    Raises: ConfigInvalid when the file is missing, is not TOML, or it or an override names no table of ours.
+    Raises: ConfigInvalid when a file is missing, is not TOML, or it or an override names no table of ours.
     """
-    path = Path(config) if Path(config).is_absolute() else ROOT / config
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
-        raise ConfigInvalid(f"no configuration at {path}; configs/ holds: {known}") from None
-    except OSError as error:
-        raise ConfigInvalid(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # TOML, UTF-8, endless digits, endless brackets
-        raise ConfigInvalid(f"{path} is not TOML: {error}") from None
+    tree = _read_file(config)
+    if (base := tree.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigInvalid(f"extends = {shown(base)} is no path of a configuration")
+        below = _read_file(base)
+        if "extends" in below:
+            raise ConfigInvalid(f"{base} extends another file itself; one level is enough to read")
+        _check_values(tree, "")
+        _check_values(below, "")
+        tree = _on_top(below, tree)
     for key, value in _read_overrides(overrides).items():
         _set(tree, key, value)
     for table, content in tree.items():
@@ -136,6 +136,32 @@ def read_tree(config: str, overrides: str = "") -> Tree:
             raise ConfigInvalid(f"unknown table [{_key(table)}]{_nearest(table, TABLES)}; known: {', '.join(TABLES)}")
     _check_values(tree, "")
     return tree
+
+
+def _on_top(below: Tree, above: Tree) -> Tree:
+    """Return two trees as one: tables key by key, a table of another `kind` as a whole, anything else from above."""
+    merged = dict(below)
+    for key, value in above.items():
+        former = below.get(key)
+        tables = isinstance(former, dict) and isinstance(value, dict)
+        if tables and former.get("kind", value.get("kind")) == value.get("kind", former.get("kind")):
+            merged[key] = _on_top(former, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_file(config: str) -> Tree:
+    path = Path(config) if Path(config).is_absolute() else ROOT / config
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
+        raise ConfigInvalid(f"no configuration at {path}; configs/ holds: {known}") from None
+    except OSError as error:
+        raise ConfigInvalid(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, endless digits, endless brackets
+        raise ConfigInvalid(f"{path} is not TOML: {error}") from None
 
 
 def parse(section: type[SectionT], tree: object, *, where: str = "") -> SectionT:

@@ -151,6 +151,9 @@ class PolicyTemplate(Section):
     simulation: bool = True
     composition: Literal["fixed_schedule", "renyi_filter"] = "fixed_schedule"
     non_private: bool = False
+    memory_mb: Annotated[int, Field(ge=0)] = 0
+    first_layer: Annotated[int, Field(ge=0)] = 0
+    micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
 
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -166,6 +169,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "simulation",
         "non_private",
     ),
+    "capacity": ("memory_mb", "first_layer", "micro_batch_tokens"),
 }
 """The tables of site.toml and the keys of the template that stand in them, in order."""
 

@@ -262,8 +262,9 @@ def _paths(tree: Tree, places: Mapping[str, str], codes: Path, directory: Path, 
     fixed: dict[str, Any] = {
         "run.directory": str(directory),
         "server.network.sites": sites,
-        "server.synthesizer.codes": str(codes),
     }
+    if server.get("synthesizer", {}).get("kind") != "no_drafts":
+        fixed["server.synthesizer.codes"] = str(codes)
     start = tree.get("lora", {}).get("start", "")
     if start and not Path(start).is_absolute():
         fixed["lora.start"] = str((ROOT / start).resolve())

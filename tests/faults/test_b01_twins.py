@@ -245,7 +245,8 @@ FACTORS = [*lora.factor_shapes(SPEC)]
 
 def judged(content: RecordDict) -> Upload | Refusal | Rejection:
     """Return what the server makes of a reply of the inn, by the functions that a round calls."""
-    server: Any = SimpleNamespace(pipeline=SimpleNamespace(spec=SPEC, asked=ReleaseSpec(), bins=lambda _number: ()))
+    asked: dict[str, Any] = {"spec_of": lambda *_: SPEC, "asked_in": lambda _: ReleaseSpec(), "bins": lambda _: ()}
+    server: Any = SimpleNamespace(pipeline=SimpleNamespace(**asked, broadcast_to=lambda *_: ASKED))
     message: Any = SimpleNamespace(content=content, has_error=lambda: False)
     found = Knowledge._read(server, "inn", 1, message)
     if not isinstance(found, Upload):

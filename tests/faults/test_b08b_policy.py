@@ -237,7 +237,8 @@ def test_what_a_round_leaves_behind_is_the_owner_s_alone(server: Server) -> None
         for path in server.site.directory.iterdir()
         if path.name not in {"rows.jsonl", "codes.jsonl", "site.toml"}
     }
-    assert modes == {"ledger": 0o700, "outbox": 0o700, "audit.jsonl": 0o600, "site.log": 0o600}
+    folders = {"ledger": 0o700, "outbox": 0o700, "received": 0o700}
+    assert modes == {**folders, "audit.jsonl": 0o600, "site.log": 0o600}
     assert server.site.ledger_path.stat().st_mode & 0o777 == 0o600
     for path in server.site.outbox.rglob("*"):
         assert path.is_file() or path.stat().st_mode & 0o777 == 0o700
