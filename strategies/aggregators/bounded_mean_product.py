@@ -17,7 +17,8 @@ refused.
 "median" is the median of the N_k, the lower one of an even number. m and M are the least and the greatest honest N_k:
 with fewer than n / 2 hostile uploads the median is one of them or between them. With weights, p_k stands for 1 / n. A
 number is a constant of the configuration and needs no vote; it has to be known, for instance from the clip norm and the
-noise of the learner.
+noise of the learner. The bounds are on the sum. An inner that cuts the sum to a rank is as far from it as what it cuts
+off, and a cut can turn about where two singular values are near each other.
 
 Not claimed: direction. A sign-flipped update of an honest length counts as much as an honest one, and a trigger
 trained within the bound stays in, at a weight of 1 / n. For those use `median_factors` or `krum_product`, and the
