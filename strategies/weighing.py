@@ -81,11 +81,12 @@ class Weighed(Section):
         """Raise `AdapterMismatch` unless the adapters answer the broadcast and are of the kind the method can add."""
         if self.no_cores and (lora.has_core(start) or any(map(lora.has_core, adapters.values()))):
             raise AdapterMismatch(f"{self.kind} takes adapters without cores: {self.no_cores}; use mean_factors")
-        try:
-            products.check_maps(adapters, start, same_rank=bool(self.one_rank))
-        except AdapterMismatch as error:
-            told = "for mixed ranks" in str(error)
-            raise AdapterMismatch(f"{error} ({self.kind} {self.one_rank})" if told else str(error)) from None
+        products.check_maps(adapters, start)
+        if self.one_rank:
+            try:
+                products.check_maps(adapters, start, same_rank=True)
+            except AdapterMismatch as error:
+                raise AdapterMismatch(f"{error} ({self.kind} {self.one_rank})") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

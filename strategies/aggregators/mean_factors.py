@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class MeanFactors(Weighed):
     """[server.aggregator] kind = "mean_factors"."""
 
-    one_rank: ClassVar[str] = "averages factor by factor, and factors of different ranks have no mean"
+    one_rank: ClassVar[str] = "averages factor by factor, and factors of different ranks or scalings have no mean"
 
     kind: Literal["mean_factors"]
 

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 class Residual(Weighed):
     """[server.aggregator] kind = "residual"."""
 
-    one_rank: ClassVar[str] = "starts from the mean of the factors, and factors of different ranks have no mean"
+    one_rank: ClassVar[str] = (
+        "starts from the mean of the factors, and factors of different ranks or scalings have no mean"
+    )
     no_cores: ClassVar[str] = "where sites train the core alone, the mean of the cores misses nothing"
 
     kind: Literal["residual"]

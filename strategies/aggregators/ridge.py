@@ -52,7 +52,9 @@ NOISE = 2.0**-23
 class Ridge(Weighed):
     """[server.aggregator] kind = "ridge"; `steps` and `learning_rate` are the paper mode's."""
 
-    one_rank: ClassVar[str] = "corrects the mean of the factors, and factors of different ranks have no mean"
+    one_rank: ClassVar[str] = (
+        "corrects the mean of the factors, and factors of different ranks or scalings have no mean"
+    )
     no_cores: ClassVar[str] = "where sites train the core alone, the mean of the cores needs no correction"
 
     kind: Literal["ridge"]

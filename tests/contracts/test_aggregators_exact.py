@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from pydantic import TypeAdapter
 
 from fl_app import lora, wire
@@ -377,7 +378,9 @@ def test_a_weight_is_a_positive_number(weight: float) -> None:
 
 @pytest.mark.parametrize("kind", ["mean_factors", "residual", "ridge"])
 def test_mixed_ranks_are_refused_with_the_reason(kind: str) -> None:
-    with pytest.raises(AdapterMismatch, match=rf"rank 8.*\({kind} .* factors of different ranks have no mean\)"):
+    with pytest.raises(
+        AdapterMismatch, match=rf"rank 8.*\({kind} .* factors of different ranks or scalings have no mean\)"
+    ):
         _merge(kind, _mixed())
 
 
@@ -399,7 +402,8 @@ def test_a_trip_through_flower_changes_no_bit(kind: str) -> None:
     travelled: list[Any] = []
     for upload in uploads:
         assert isinstance(upload.release, AdapterRelease)
-        travelled.append(wire.unpack_reply(wire.pack_reply(upload), lora.spec_like(upload.release.adapter)))
+        sent = recorddict_from_proto(recorddict_to_proto(wire.pack_reply(upload)))
+        travelled.append(wire.unpack_reply(sent, lora.spec_like(upload.release.adapter)))
 
     here = _build(kind, weights=WEIGHTS)(uploads, broadcast)
     there = _build(kind, weights=WEIGHTS)(travelled, broadcast)

@@ -202,7 +202,7 @@ def test_krum_of_mixed_ranks_needs_an_inner_that_takes_them() -> None:
     adapters = [_adapter(seed, rank=rank, size=0.5) for seed, rank in enumerate([3, 2, 1, 3, 2])]
 
     assert _merge({"kind": "krum_product", "keep": 3, "inner": _inner("truncated_svd")}, adapters).used
-    with pytest.raises(AdapterMismatch, match="factors of different ranks have no mean"):
+    with pytest.raises(AdapterMismatch, match="factors of different ranks or scalings have no mean"):
         _merge({"kind": "krum_product", "keep": 3, "inner": _inner("mean_factors")}, adapters)
 
 
