@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from fl_app import lora, wire
@@ -154,6 +156,28 @@ def test_the_sum_of_mixed_ranks_shares_and_scalings_is_exact(kind: str) -> None:
         assert _apart(lora.delta(merged.adapter, layer), equal) > 0.1, "the shares are seen"
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from([*ANY_RANK, *CUT]),
+    sites=st.lists(
+        st.tuples(st.integers(0, 999), st.integers(1, 4), st.sampled_from([0.5, 3.0, 16.0]), st.floats(0.01, 100.0)),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_any_ranks_scalings_and_weights_add_up(kind: str, sites: list[tuple[int, int, float, float]]) -> None:
+    """Up to 20 directions together, in a run of rank 20."""
+    adapters = [_adapter(seed, rank=rank, alpha=alpha) for seed, rank, alpha, _ in sites]
+    weights = {site: weight for site, (*_, weight) in zip(SITES, sites, strict=False)}
+
+    merged = _merge(kind, adapters, broadcast=_start(20), weights=weights)
+
+    for layer in SHAPES:
+        largest = max(float(np.linalg.norm(lora.delta(adapter, layer))) for adapter in adapters)
+        missed = lora.delta(merged.adapter, layer) - _oracle(adapters, layer, weights)
+        assert np.linalg.norm(missed) < ROUNDED * largest
+
+
 @pytest.mark.parametrize("kind", ONE_RANK)
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_sum_of_one_rank_is_exact(kind: str, count: int) -> None:
@@ -218,19 +242,39 @@ def test_what_is_not_exact_is_seen_not_to_be(kind: str) -> None:
         assert _apart(lora.delta(merged.adapter, layer), _oracle(adapters, layer)) > 0.1
 
 
-def test_cores_between_other_factors_are_refused_by_the_layer() -> None:
-    def with_core(seed: int) -> Adapter:
-        one = _adapter(seed)
-        layers = {n: LoraFactors(a=f.a, b=f.b, core=np.eye(8, dtype=np.float32)) for n, f in one.layers.items()}
-        return dataclasses.replace(one, layers=layers)
+def _with_core(a: int, b: int) -> Adapter:
+    """Return an adapter with cores whose factors a and b are drawn by these seeds."""
+    left, right = _adapter(a), _adapter(b)
+    layers = {
+        name: LoraFactors(a=left.layers[name].a, b=right.layers[name].b, core=np.eye(8, dtype=np.float32))
+        for name in SHAPES
+    }
+    return dataclasses.replace(left, layers=layers)
+
+
+@pytest.mark.parametrize("odd", [(1, 2), (2, 1)], ids=["b", "a"])
+def test_cores_between_other_factors_are_refused_by_the_layer(odd: tuple[int, int]) -> None:
+    broadcast = dataclasses.replace(_start(8), adapter=_with_core(1, 1))
 
     with pytest.raises(AdapterMismatch, match=r"blocks\.0\.q_proj: adapters 0 and 1 have cores between other factors"):
-        _merge(
-            "mean_factors", [with_core(1), with_core(2)], broadcast=dataclasses.replace(_start(8), adapter=with_core(1))
-        )
-    for kind in ("residual", "truncated_svd", "sketched_svd", "ridge", "zero_padded"):
-        with pytest.raises(AdapterMismatch, match=f"{kind} takes adapters without cores: .*; use mean_factors"):
-            _merge(kind, [with_core(1)] * 2, broadcast=dataclasses.replace(_start(8), adapter=with_core(1)))
+        _merge("mean_factors", [_with_core(1, 1), _with_core(*odd)], broadcast=broadcast)
+
+
+@pytest.mark.parametrize("kind", ["residual", "truncated_svd", "sketched_svd", "ridge", "zero_padded"])
+def test_cores_are_refused_where_they_are_not_needed(kind: str) -> None:
+    with pytest.raises(AdapterMismatch, match=f"{kind} takes adapters without cores: .*; use mean_factors"):
+        _merge(kind, [_with_core(1, 1)] * 2, broadcast=dataclasses.replace(_start(8), adapter=_with_core(1, 1)))
+
+
+@pytest.mark.parametrize("kind", ANY_RANK)
+def test_cores_are_folded_into_a_stack(kind: str) -> None:
+    adapters = [_with_core(seed, seed + 1) for seed in range(3)]
+
+    merged = _merge(kind, adapters, broadcast=dataclasses.replace(_start(8), adapter=_with_core(1, 1)))
+
+    for layer in SHAPES:
+        assert _apart(_whole(merged, layer), _oracle(adapters, layer)) < ROUNDED
+    assert merged.start is None or lora.has_core(merged.start)
 
 
 # --- what a next round begins with

@@ -108,6 +108,21 @@ def test_a_stack_without_a_site_s_rows_is_the_sum_without_the_site() -> None:
     assert _apart(left, _oracle(others, np.delete(SHARES, 1) / (1 - SHARES[1]))) < ROUNDED
 
 
+def test_zero_padding_counts_a_lone_direction_by_the_square_of_its_share() -> None:
+    """By hand: two sites of rank 1 that hold e1 e1', a third of share 1/4 and rank 2 that holds e2 e2' beside it."""
+    unit = np.eye(3, dtype=np.float32)
+    narrow = Adapter(layers={LAYER: LoraFactors(a=unit[:1], b=unit[:, :1])}, alpha=1.0, base="base")
+    wide = Adapter(layers={LAYER: LoraFactors(a=unit[:2], b=unit[:, :2])}, alpha=2.0, base="base")
+    weights = dict(zip(SITES, [1.0, 2.0, 1.0], strict=False))
+    told: dict[str, Any] = {"spec_rank": 2, "alpha": 2.0, "weights": weights}
+
+    padded = _dense(_merge("zero_padded", [narrow, narrow, wide], **told).adapter)
+    exact = _dense(_merge("truncated_svd", [narrow, narrow, wide], **told).adapter)
+
+    np.testing.assert_allclose(exact, np.diag([1.0, 1 / 4, 0.0]), atol=1e-6)
+    np.testing.assert_allclose(padded, np.diag([1.0, 1 / 16, 0.0]), atol=1e-6)
+
+
 # --- FedEx-LoRA: the residual
 
 
