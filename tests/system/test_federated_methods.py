@@ -1,4 +1,4 @@
-"""Every published federated-LoRA method, as its file in configs/methods says: plays, is paid for, and can be taken home.
+"""Every published federated-LoRA method, as its file in configs/methods says: plays, is paid for, is exported.
 
 The tiny random model, three sites, two rounds, in process: wiring, bytes and files. What a method is worth is measured
 in benchmarks/aggregators.py; that sums are exact is for tests/contracts and tests/golden.
@@ -199,7 +199,7 @@ def test_blocks_travel_once(played: Mapping[str, Any]) -> None:
     """FLoRA sends the stack of three sites and a fresh adapter, FedEx the means and the residual's two components."""
     for method, ranks in (("flora", 3 * 4), ("fedex_lora", 2 * 4)):
         run, summary = played[method]
-        (block,) = [path for path in blocks_of(run)[:1]]
+        block = blocks_of(run)[0]
         assert lora.rank_of(block) == ranks
         own = lora.num_bytes(block) + 2 * len(block.layers) * HEADER
         first = size_of(method, ("a", "b"))
