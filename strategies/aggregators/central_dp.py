@@ -106,6 +106,7 @@ class CentralDp(Section):
     """
 
     carries: ClassVar[bool] = True
+    one_rank: ClassVar[str] = "adds or orders coordinate by coordinate, and factors of different ranks share none"
 
     kind: Literal["central_dp"]
     inner: MeanFactors

@@ -54,6 +54,7 @@ class MedianFactors(Section):
     """[server.aggregator] kind = "median_factors"."""
 
     carries: ClassVar[bool] = True
+    one_rank: ClassVar[str] = "adds or orders coordinate by coordinate, and factors of different ranks share none"
 
     kind: Literal["median_factors"]
 
