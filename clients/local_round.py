@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from clients import gate, outbox, spending
+from clients.drawer import SiteDrawer
+from clients.learners.dp_fedsa_lora import DpFedsaLora, personal
 from clients.private_rows import read_private_rows
 from clients.site import Site, public_head
 from clients.stages import Workbench
@@ -114,6 +116,8 @@ def hello(site: Site) -> Hello:
 def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     """Return the broadcast model's bits per byte on the public control codes that lie beside the rows.
 
+    Where sites keep a b of their own (`dp_fedsa_lora`) it is this site's own model that is scored.
+
     Public text only: it costs nothing, and a site answers it also when its budget is spent.
     """
     policy = site.policy
@@ -121,7 +125,10 @@ def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     if not texts:
         return Probe(site=policy.site.name, round=broadcast.round, items=0, bits_per_byte=0.0)
     frozen = models.load(settings.shared.model.name, settings.shared.model.dtype)
-    model = lora.attach(frozen, broadcast.adapter)
+    adapter = broadcast.adapter
+    if isinstance(settings.asked.learner, DpFedsaLora):
+        adapter = personal(adapter, _drawer(site, broadcast.named).latest(broadcast.round + 1))
+    model = lora.attach(frozen, adapter, broadcast.blocks)
     rows = inference.option_likelihood(model, frozen.tokenizer, [""] * len(texts), [[text] for text in texts])
     bits = -sum(row[0].log_prob for row in rows) / math.log(2)
     per_byte = bits / sum(row[0].bytes for row in rows)
@@ -136,7 +143,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     shared, asked = settings.shared, settings.asked
     policy = site.policy
     site.note_policy(policy)
-    learner = asked.learner.build()
+    learner = asked.learner.build(broadcast.round)
     survey = asked.survey.build() if asked.survey else None
     gate.check(
         policy,
@@ -197,6 +204,10 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         system=shared.model.system,
         material=broadcast.material,
         secret=_secret(policy, shared, ledger),
+        blocks=broadcast.blocks,
+        run=broadcast.run,
+        site=policy.site.name,
+        drawer=_drawer(site, broadcast.run),
     )
     constants = policy.public_constants()
     release = learner(rows, broadcast.adapter, cost.every, constants, bench)
@@ -292,6 +303,11 @@ def _secret(policy: SitePolicy, shared: SharedConfig, ledger: Ledger) -> bytes:
     if shared.run.mode == "simulation":
         return stream(shared.run.seed, "secret", policy.site.name).bytes(32)
     return ledger.secret()
+
+
+def _drawer(site: Site, run: str) -> SiteDrawer:
+    """Return where this site keeps what it does not share of a run, by the run's name in ledger and outbox."""
+    return SiteDrawer(directory=site.directory / "personal" / outbox.folder_name(run))
 
 
 def _code(error: StillroomError) -> RefusalCode:

@@ -125,7 +125,7 @@ class AdapterRelease:
     """A DP-trained adapter.
 
     `scalars` are the noisy slopes that it was made of, where a zeroth-order learner made it: they travel in its place,
-    and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`). Shapes: scalars (steps,) float32.
+    and who knows the broadcast makes the same adapter of them (`fl_app.zeroth_order`). Shape: scalars (steps,) float32.
     """
 
     adapter: Adapter

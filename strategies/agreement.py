@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 RELEASED: dict[str, ReleaseKind] = {
     "dp_lora": "adapter",
     "dp_ffa_lora": "adapter",
+    "dp_rolora": "adapter",
+    "dp_la_lora": "adapter",
+    "dp_lora_sb": "adapter",
+    "dp_fedsa_lora": "adapter",
     "dp_distil": "adapter",
     "plain_lora": "adapter",
     "private_prediction": "text",

@@ -89,7 +89,7 @@ def private_kinds() -> list[str]:
 
 def build(kind: str, **options: Any) -> Learner:
     section: Any = TypeAdapter(AnyLearner).validate_python({"kind": kind, **options})
-    return section.build()
+    return section.build(1)
 
 
 def rows_of(units: Sequence[Sequence[str]]) -> PrivateRows:

@@ -154,7 +154,7 @@ def test_what_a_learner_releases_is_below_the_cap_at_any_noise(
     kind: str, multiplier: float, frozen: FrozenModel, learned: Callable[[int], Adapter]
 ) -> None:
     (section,) = [one for one in _sections() if get_args(one.model_fields["kind"].annotation) == (kind,)]
-    learner = section(kind=kind, steps=5, learning_rate=0.05).build()
+    learner = section(kind=kind, steps=5, learning_rate=0.05).build(1)
     constants = PublicConstants(sample_rate=0.5, expected_batch=2, max_tokens=24, max_rows_per_unit=1, unit="record")
     rows = PrivateRows([PrivateRow(instruction=f"row {n}", output="yes", code="c", unit=str(n)) for n in range(4)])
     bench = Workbench(model=frozen, codes={"c": "A cough:"}, noise=SecureNoise(), system="")
