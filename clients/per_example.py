@@ -111,6 +111,38 @@ def plain_sum(
     return layout.split(total_P)
 
 
+def row_losses(
+    model: Any,
+    examples: Sequence[TokenSequence],
+    *,
+    max_batch_tokens: int,
+    pad_id: int,
+    frozen: FrozenPrefix | None = None,
+) -> npt.NDArray[np.float64]:
+    """Return each example's own loss, in the order of `examples`. Shape: (examples,).
+
+    Guarantee: an example's loss has the same bits in every company, as gradients have in `clipped_sum`.
+    """
+    import torch
+
+    def losses_of(batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
+        with torch.no_grad():
+            return sequences.example_losses(model, batch, frozen)
+
+    found = np.zeros(len(examples))
+    with lora_linear.fused(model, _no_sink):
+        tokens = (
+            max_batch_tokens if _rows_keep_apart(model, _Layout.of(model), losses_of, max_batch_tokens, "losses") else 1
+        )
+        for batch in sequences.isolated_batches(examples, max_batch_tokens=tokens, pad_id=pad_id):
+            found[list(batch.rows)] = losses_of(batch, frozen).double().numpy()
+    return found
+
+
+def _no_sink(*_: Any) -> None:
+    raise AssertionError("a loss has no backward pass")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
     """Where each trained factor lies in a flat vector of P coordinates. Shapes: name -> (r, I), (r, O) or (r, r)."""

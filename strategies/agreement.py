@@ -33,6 +33,7 @@ RELEASED: dict[str, ReleaseKind] = {
     "dp_lora_sb": "adapter",
     "dp_fedsa_lora": "adapter",
     "dp_distil": "adapter",
+    "zeroth_order": "adapter",
     "plain_lora": "adapter",
     "private_prediction": "text",
     "invisible_ink": "text",

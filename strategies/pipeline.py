@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from strategies.collected import Collected, Judged
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
-    from strategies.reach import UpdateCap
+    from strategies.reach import RunCap
     from strategies.spending import Spending
 
 
@@ -72,7 +72,7 @@ class Pipeline:
     quorum: float
     survey: Mapping[str, int] = field(default_factory=dict[str, int])
     accept_non_private: bool = False
-    cap: UpdateCap | None = None
+    cap: RunCap | None = None
     target: Adapter = field(init=False)
     kept: list[Draft] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
@@ -241,7 +241,7 @@ class Pipeline:
                 asked=self.asked,
                 spending=self.spending,
                 seen=self.spending.adapters(self.start, self.records),
-                cap=self.cap,
+                cap=self.cap.of_round(number) if self.cap else None,
                 accept_non_private=self.accept_non_private,
             )
             need = needed(judged.asked, self.quorum)

@@ -16,6 +16,7 @@ from clients.learners.invisible_ink import InvisibleInk
 from clients.learners.pe_votes import PeVotes
 from clients.learners.plain_lora import PlainLora
 from clients.learners.private_prediction import PrivatePrediction
+from clients.learners.zeroth_order import ZerothOrder
 
 AnyLearner: TypeAlias = Annotated[
     DpLora
@@ -25,6 +26,7 @@ AnyLearner: TypeAlias = Annotated[
     | DpLoraSb
     | DpFedsaLora
     | DpDistil
+    | ZerothOrder
     | PlainLora
     | PrivatePrediction
     | InvisibleInk

@@ -17,6 +17,7 @@ from fl_app.errors import PolicyRefusal
 from fl_app.privacy.noise import SimulatedNoise
 from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, DpReceipt, Gaussian, PoissonGaussian
+from tests.privacy.replay import FACTORS, Kept, active, begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,19 +62,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"steps": STEPS, "clip_norm": CLIP, "teacher": {}, "on_policy": True, "own_share": 0.5, "learns": "answer"},
     ],
 }
-ACTIVE = {
-    "dp_lora": ["ab", "ab", "ab"],
-    "dp_ffa_lora": ["b", "b", "b"],
-    "dp_rolora": ["b", "b", "b"],
-    "dp_la_lora": ["b", "a", "b"],
-    "dp_lora_sb": ["c", "c", "c"],
-    "dp_fedsa_lora": ["ab", "ab", "ab"],
-    "dp_distil": ["ab", "ab", "ab"],
-}
-"""The first letters of the factors that each of the steps of round 1 moves."""
 SENDS = {"dp_fedsa_lora": "a"}
 """Of these kinds not all that moves is released."""
-FACTORS = {"a": "a", "b": "b", "c": "core"}
 PLAIN: dict[str, Any] = {"steps": STEPS, "learning_rate": 1e-2}
 CASES = [
     pytest.param(kind, options, id=f"{kind}-{n}") for kind, rows in SETTINGS.items() for n, options in enumerate(rows)
@@ -99,30 +89,6 @@ class CountingNoise:
     def poisson_sample(self, count: int, rate: float) -> np.ndarray:
         self.samples.append((count, rate))
         return np.arange(count) if self.sampled is None else np.array(self.sampled, np.int64)
-
-
-class Kept:
-    """A drawer in memory."""
-
-    def __init__(self) -> None:
-        self.rounds: dict[int, Any] = {}
-
-    def latest(self, before: int) -> Any:
-        return self.rounds[max(self.rounds)] if self.rounds and max(self.rounds) < before else None
-
-    def put(self, round_number: int, arrays: Any) -> None:
-        self.rounds[round_number] = arrays
-
-
-def begin(adapter: Adapter, kind: str) -> Adapter:
-    """Return what a learner starts from: this adapter, with cores where they are what it trains."""
-    if kind != "dp_lora_sb":
-        return adapter
-    layers = {
-        name: dataclasses.replace(factors, core=np.eye(len(factors.a), dtype=np.float32) + factors.a[:, :4])
-        for name, factors in adapter.layers.items()
-    }
-    return dataclasses.replace(adapter, layers=layers)
 
 
 def constants(**changes: Any) -> PublicConstants:
@@ -183,8 +149,8 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 def test_every_learner_is_tested_here() -> None:
     union = get_args(get_args(AnyLearner)[0])
-    # Without steps: tests/privacy/test_epsvec.py and test_votes.py, tests/contracts/test_writing_learners.py.
-    elsewhere = {"epsvec", "pe_votes", "private_prediction", "invisible_ink"}
+    # Without AdamW: tests/privacy/test_epsvec.py, test_votes.py and test_zeroth_order.py, and test_writing_learners.py.
+    elsewhere = {"zeroth_order", "epsvec", "pe_votes", "private_prediction", "invisible_ink"}
     kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in union}
     assert kinds == {*SETTINGS, "plain_lora", *elsewhere}
 
@@ -242,7 +208,7 @@ def test_steps_and_noise_never_depend_on_the_rows(
     noise = CountingNoise(level=1.0)
     learn(build(kind, options), some_rows(count), noise)
     layers = [layer for _, layer in sorted(begin(learned(5), kind).layers.items())]
-    shapes = [getattr(layer, FACTORS[one]).shape for step in ACTIVE[kind] for layer in layers for one in step]
+    shapes = [getattr(layer, FACTORS[one]).shape for step in active(kind, STEPS) for layer in layers for one in step]
     assert noise.samples == [(count, 0.5)] * STEPS
     assert noise.shapes == shapes
 
@@ -261,7 +227,7 @@ def test_an_empty_sample_is_a_noised_step(
         for letter in "abc" if factors.core is not None else "ab":
             factor = FACTORS[letter]
             moved = (getattr(found.layers[name], factor) != getattr(factors, factor)).mean()
-            assert moved > 0.99 if letter in SENDS.get(kind, "".join(ACTIVE[kind])) else moved == 0
+            assert moved > 0.99 if letter in SENDS.get(kind, "".join(active(kind, STEPS))) else moved == 0
     silent = learn(build(kind, {**options, "weight_decay": 0.0}), some_rows(9), CountingNoise(level=0.0), told)
     assert lora.sha256(silent) == lora.sha256(start)  # the twin: without noise nothing would have moved
 
