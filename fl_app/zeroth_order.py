@@ -118,13 +118,14 @@ class Direction:
 class Walk:
     """A walk from one adapter along public directions; `weights` is where it is, by `<layer>.<factor>`.
 
-    Guarantee: elementwise float32 products and differences alone, which IEEE 754 leaves no choice about.
+    Guarantee: elementwise float32 products and sums alone, which IEEE 754 leaves no choice about.
     """
 
     def __init__(
         self, start: Adapter, *, run: str, site: str, round_number: int, learning_rate: float, schedule: Schedule
     ) -> None:
-        self._start, self._rate, self._schedule = start, learning_rate, schedule
+        self._start, self._rate = start, learning_rate
+        self._schedule: Schedule = schedule
         self._place: Sequence[str | int] = (run, site, round_number)
         self._round = round_number
         self.weights: dict[str, Floats] = {}
@@ -150,13 +151,12 @@ class Walk:
 
     def beside(self, direction: Direction, shift: float) -> dict[str, Floats]:
         """Return the moved factors at w + shift * z; the walk stays where it is."""
-        return {name: self.weights[name] + np.float32(shift) * z for name, z in direction.parts.items()}
+        return {name: _moved(self.weights[name], z, shift) for name, z in direction.parts.items()}
 
     def go(self, direction: Direction, scalar: float) -> None:
         """Take the step w <- w - learning_rate * scalar * z."""
-        length = np.float32(self._rate * scalar)
         for name, z in direction.parts.items():
-            self.weights[name] = self.weights[name] - length * z
+            self.weights[name] = _moved(self.weights[name], z, -self._rate * scalar)
 
     @property
     def adapter(self) -> Adapter:
@@ -168,3 +168,10 @@ class Walk:
             for name in self._start.layers
         }
         return Adapter(layers=layers, alpha=self._start.alpha, base=self._start.base)
+
+
+def _moved(weight: Floats, z: Floats, length: float) -> Floats:
+    """Return weight + length * z, `length` rounded to float32 first."""
+    moved: Floats = np.multiply(z, np.float32(length), dtype=np.float32)
+    moved += weight
+    return moved
