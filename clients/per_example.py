@@ -130,11 +130,12 @@ def row_losses(
             return sequences.example_losses(model, batch, frozen)
 
     found = np.zeros(len(examples))
+    layout = _Layout.of(model)
     with lora_linear.fused(model, _no_sink):
-        tokens = (
-            max_batch_tokens if _rows_keep_apart(model, _Layout.of(model), losses_of, max_batch_tokens, "losses") else 1
-        )
-        for batch in sequences.isolated_batches(examples, max_batch_tokens=tokens, pad_id=pad_id):
+        apart = _rows_keep_apart(model, layout, losses_of, max_batch_tokens, "losses")
+        for batch in sequences.isolated_batches(
+            examples, max_batch_tokens=max_batch_tokens if apart else 1, pad_id=pad_id
+        ):
             found[list(batch.rows)] = losses_of(batch, frozen).double().numpy()
     return found
 

@@ -402,17 +402,12 @@ def _make_room_for_cores(model: Any) -> None:
 def parameters(model: Any, *, place: str = ADAPTER) -> dict[str, Any]:
     """Return the LoRA parameters of a PEFT model by `<module path>.a`, `.b` and `.core`, in sorted order."""
     found: dict[str, Any] = {}
-    markers = {
-        f".lora_A.{place}.weight": ".a",
-        f".lora_B.{place}.weight": ".b",
-        f".lora_B.{place}.{WIDE}.weight": ".b",
-        f".lora_B.{place}.{CORE}.weight": ".core",
-    }
+    markers = {f"A.{place}": ".a", f"B.{place}": ".b", f"B.{place}.{WIDE}": ".b", f"B.{place}.{CORE}": ".core"}
     for name, parameter in model.named_parameters():
         path = name.removeprefix(PEFT_PREFIX)
         for marker, factor in markers.items():
-            if path.endswith(marker):
-                found[path.removesuffix(marker) + factor] = parameter
+            if path.endswith(end := f".lora_{marker}.weight"):
+                found[path.removesuffix(end) + factor] = parameter
     return dict(sorted(found.items()))
 
 

@@ -1,6 +1,6 @@
 """What a site releases, as files and as a hash: the same for every kind, on both sides of the wire.
 
-    adapter      PEFT format (`peft_files.save`), hash of `lora.sha256`; scalars.safetensors where it was made of them
+    adapter      PEFT format (`peft_files.save`), hash of `lora.sha256`; scalars.safetensors where scalars made it
     vector       arrays.safetensors, one array a name
     histogram    arrays.safetensors with `counts`, bins.json
     text         texts.jsonl, one {"code", "text"} a line

@@ -117,7 +117,7 @@ class Direction:
 class Walk:
     """A walk from one adapter along public directions; `weights` is where it is, by `<layer>.<factor>`.
 
-    Guarantee: elementwise float32 products and differences alone, which IEEE 754 leaves no choice about.
+    Guarantee: elementwise float32 products and sums alone, which IEEE 754 leaves no choice about.
     """
 
     def __init__(
@@ -150,14 +150,12 @@ class Walk:
 
     def beside(self, direction: Direction, shift: float) -> dict[str, Floats]:
         """Return the moved factors at w + shift * z; the walk stays where it is."""
-        moved = {name: self.weights[name] + np.float32(shift) * z for name, z in direction.parts.items()}
-        return {name: part.astype(np.float32, copy=False) for name, part in moved.items()}
+        return {name: _moved(self.weights[name], z, shift) for name, z in direction.parts.items()}
 
     def go(self, direction: Direction, scalar: float) -> None:
         """Take the step w <- w - learning_rate * scalar * z."""
-        length = np.float32(self._rate * scalar)
         for name, z in direction.parts.items():
-            self.weights[name] = (self.weights[name] - length * z).astype(np.float32, copy=False)
+            self.weights[name] = _moved(self.weights[name], z, -self._rate * scalar)
 
     @property
     def adapter(self) -> Adapter:
@@ -169,3 +167,10 @@ class Walk:
             for name in self._start.layers
         }
         return Adapter(layers=layers, alpha=self._start.alpha, base=self._start.base)
+
+
+def _moved(weight: Floats, z: Floats, length: float) -> Floats:
+    """Return weight + length * z, `length` rounded to float32 first."""
+    moved: Floats = np.multiply(z, np.float32(length), dtype=np.float32)
+    moved += weight
+    return moved
