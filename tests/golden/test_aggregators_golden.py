@@ -116,7 +116,7 @@ def test_a_stack_without_a_site_s_rows_is_the_sum_without_the_site() -> None:
 
 
 def test_zero_padding_counts_a_lone_direction_by_the_square_of_its_share() -> None:
-    """By hand: two sites of rank 1 and scaling 4 hold e1 e1', a third of share 1/4 and rank 2 holds e2 e2' beside it."""
+    """By hand: two sites of rank 1 and scaling 4 hold e1 e1', a third of share 1/4 and rank 2 e2 e2' beside it."""
     unit = np.eye(3, dtype=np.float32)
     narrow = Adapter(layers={LAYER: LoraFactors(a=unit[:1], b=unit[:, :1] / 4)}, alpha=4.0, base="base")
     wide = Adapter(layers={LAYER: LoraFactors(a=unit[:2], b=unit[:, :2])}, alpha=2.0, base="base")
