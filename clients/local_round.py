@@ -120,7 +120,8 @@ def hello(site: Site) -> Hello:
 def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     """Return the broadcast model's bits per byte on the public control codes that lie beside the rows.
 
-    Where sites keep a b of their own (`dp_fedsa_lora`) it is this site's own model that is scored.
+    Where sites keep a b of their own (`dp_fedsa_lora`) it is this site's own model that is scored; that b was noised
+    with a, under the receipts of its rounds, so its score costs nothing either.
 
     Public text only: it costs nothing, and a site answers it also when its budget is spent.
     """
