@@ -113,7 +113,10 @@ def hello(site: Site) -> Hello:
         spent=ledger.spent(privacy.delta),
         head=public_head(ledger, policy),
         composition=promised.composition,
-        **policy.capacity.model_dump(),
+        memory_mb=policy.capacity.memory_mb,
+        first_layer=policy.capacity.first_layer,
+        micro_batch_tokens=policy.capacity.micro_batch_tokens,
+        targets=tuple(policy.capacity.targets),
     )
 
 

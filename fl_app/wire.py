@@ -59,6 +59,9 @@ MAX_DELTA, MAX_EPSILON = 1e-2, 1e4
 """Beyond these a policy promises nothing: at a delta of 0.01 one unit in a hundred may be published as it is, and an
 epsilon of 10,000 is far above a step with a noise multiplier of 0.1 (92). Such a site is not ready to take part."""
 
+MAX_TARGET, MAX_TARGETS = 80, 64
+"""Characters of the name of a kind of map, such as q_proj, and how many a site may name."""
+
 MAX_CAPACITY = 1 << 31
 """Megabytes, blocks or tokens: what claims more is taken for this."""
 
@@ -74,7 +77,7 @@ OTHER_UPLOAD_KEYS = UPLOAD_KEYS - {"base", "alpha"}
 
 REFUSAL_KEYS = frozenset({"site", "round", "code", "incident"})
 CAPACITY_KEYS = ("memory_mb", "first_layer", "micro_batch_tokens")
-HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent", "head", "composition", *CAPACITY_KEYS})
+HELLO_KEYS = frozenset({"site", "epsilon", "delta", "unit", "spent", "head", "composition", "targets", *CAPACITY_KEYS})
 PROBE_KEYS = frozenset({"site", "round", "items", "bits_per_byte"})
 
 
@@ -268,6 +271,7 @@ def _pack_hello(hello: Hello) -> RecordDict:
         "spent": float(hello.spent),
         "head": hello.head,
         "composition": hello.composition,
+        "targets": list(hello.targets),
         **{key: getattr(hello, key) for key in CAPACITY_KEYS},
     }
     assert fields.keys() == HELLO_KEYS
@@ -299,8 +303,18 @@ def unpack_hello(content: RecordDict) -> Hello:
         spent=wire_fields.spending(fields, "spent"),
         head=wire_fields.head(fields),
         composition=cast("Composition", composition),
+        targets=_targets(fields["targets"]),
         **{key: min(wire_fields.whole(fields, key), MAX_CAPACITY) for key in CAPACITY_KEYS},
     )
+
+
+def _targets(value: object) -> tuple[str, ...]:
+    """Return names of maps. Raises: WireViolation."""
+    listed = cast("list[object]", value) if isinstance(value, list) else [None]
+    named = tuple(one for one in listed if isinstance(one, str) and len(one) <= MAX_TARGET)
+    if len(named) != len(listed) or len(named) > MAX_TARGETS:
+        raise WireViolation(f"targets = {str(value)[:80]!r} is no list of at most {MAX_TARGETS} names of maps")
+    return named
 
 
 def _pack_probe(probe: Probe) -> RecordDict:

@@ -136,6 +136,7 @@ KEYS = {
         "micro_batch_tokens",
         "site",
         "spent",
+        "targets",
         "unit",
     ],
     "probe": ["bits_per_byte", "items", "round", "site"],
@@ -273,6 +274,7 @@ WRONG: dict[str, list[Any]] = {
     "whole": ["3", 0.5, True, -1, b"x", [1], float("nan")],
     "number": ["3", True, -0.5, float("nan"), float("inf"), -float("inf"), b"x", [1.0]],
     "spending": ["3", True, -0.5, float("nan"), -float("inf"), b"x", [1.0], [float("inf")]],
+    "names": ["q_proj", 3, [1], [0.5], [True], [b"x"], ["x" * 81], ["q"] * 65],
     "alpha": ["8", 8, True, 0.0, -1.0, float("nan"), float("inf"), 1e6, [8.0]],
 }
 KINDS = {
@@ -286,6 +288,7 @@ KINDS = {
     **dict.fromkeys(["round", "items", "memory_mb", "first_layer", "micro_batch_tokens"], "whole"),
     **dict.fromkeys(["epsilon", "delta", "bits_per_byte"], "number"),
     "spent": "spending",
+    "targets": "names",
     "alpha": "alpha",
 }
 
