@@ -25,7 +25,7 @@ from clients.learners.dp_fedsa_lora import DpFedsaLora, personal
 from clients.private_rows import read_private_rows
 from clients.site import Site, public_head
 from clients.stages import Workbench
-from fl_app import inference, journal, lora, models, releases
+from fl_app import factors, inference, journal, lora, models, releases
 from fl_app.errors import (
     AdapterMismatch,
     AuditBroken,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from clients.config import ClientSection, SitePolicy
     from fl_app.config import SharedConfig
+    from fl_app.models import FrozenModel
     from fl_app.privacy.ledger import Ledger
     from fl_app.privacy.noise import NoiseSource
     from fl_app.types import Broadcast, RefusalCode
@@ -178,7 +179,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         )
         cost = spending.announced(policy, book, renyi, learner, survey, asking)
     frozen = models.load(shared.model.name, shared.model.dtype)
-    lora.check_spec(broadcast.adapter, lora.spec_of(frozen, shared.lora))
+    _check_adapters(broadcast, frozen, settings)
     gate.check_length(policy, frozen)
     codes = _codes(site.directory)
     rows = read_private_rows(
@@ -304,6 +305,21 @@ def _secret(policy: SitePolicy, shared: SharedConfig, ledger: Ledger) -> bytes:
     if shared.run.mode == "simulation":
         return stream(shared.run.seed, "secret", policy.site.name).bytes(32)
     return ledger.secret()
+
+
+def _check_adapters(broadcast: Broadcast, frozen: FrozenModel, settings: Settings) -> None:
+    """Raise `AdapterMismatch` unless what is trained, and all that lies under it, is of this configuration's maps.
+
+    What is under it may have any rank and scaling; what is trained has cores where they are what learns.
+    """
+    learner = settings.asked.learner.model_dump()
+    trains = learner["kind"] in factors.OF_KIND.keys() | factors.CHOOSE
+    core = trains and factors.schedule_of(learner) == "core"
+    spec = dataclasses.replace(lora.spec_of(frozen, settings.shared.lora), core=core)
+    lora.check_spec(broadcast.adapter, spec)
+    for one in broadcast.blocks:
+        own = lora.spec_like(one)
+        lora.check_spec(one, dataclasses.replace(spec, rank=own.rank, alpha=own.alpha, core=own.core))
 
 
 def _drawer(site: Site, run: str) -> SiteDrawer:

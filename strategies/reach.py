@@ -20,7 +20,8 @@ round does not move, or a site does not send, may not differ from the broadcast 
 
 A zeroth-order step moves a factor by learning_rate * |g| * |z|, with g the slope that travels, of at most
 `zeroth_order.LARGEST`, and z public standard normals: of n numbers longer than sqrt(n) + t with probability
-exp(-t^2 / 2) at most (Laurent and Massart 2000). t is taken so that no step of a round is, but once in 10^12 rounds.
+exp(-t^2 / 2) at most (Laurent and Massart 2000). t is taken so that no step of a round makes a factor's z longer, but
+once in 10^12 rounds.
 
 Guarantee: no release of a learner of `clients.learners` is above the cap, whatever its rows, noise and budget.
 Out of scope: a hostile update below the cap. That is for the aggregator.
