@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from fl_app import lora
+from fl_app import lora_cut
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.seeds import stream
@@ -101,19 +101,19 @@ class Ranks:
         if self.section.kind != "drawn":
             return self.spec
         chosen = stream(self.seed, "rank", number).choice(self.section.choices)
-        return lora.narrowed(self.spec, rank=int(chosen))
+        return lora_cut.narrowed(self.spec, rank=int(chosen))
 
     def of_site(self, hello: Hello, number: int) -> LoraSpec:
         """Return the spec that a site trains in a round.
 
         Raises: RoundFailed when no choice fits what the site declares.
         """
-        whole = lora.narrowed(self.of_round(number), first_layer=hello.first_layer, targets=hello.targets)
+        whole = lora_cut.narrowed(self.of_round(number), first_layer=hello.first_layer, targets=hello.targets)
         match self.section:
             case ListedRanks(ranks=ranks):
-                return lora.narrowed(whole, rank=ranks.get(hello.site, whole.rank))
+                return lora_cut.narrowed(whole, rank=ranks.get(hello.site, whole.rank))
             case MemoryRanks():
-                return lora.narrowed(whole, rank=self._planned(hello, whole))
+                return lora_cut.narrowed(whole, rank=self._planned(hello, whole))
             case _:
                 return whole
 
@@ -123,7 +123,7 @@ class Ranks:
         if not hello.memory_mb:  # a site that declares nothing is asked for the least
             return choices[0]
         tokens = min(self.section.micro_batch_tokens, hello.micro_batch_tokens or math.inf)
-        costs = {rank: self.cost(lora.narrowed(whole, rank=rank), int(tokens)) for rank in choices}
+        costs = {rank: self.cost(lora_cut.narrowed(whole, rank=rank), int(tokens)) for rank in choices}
         fitting = [rank for rank, cost in costs.items() if cost <= hello.memory_mb << 20]
         if not fitting:
             least = costs[choices[0]] >> 20

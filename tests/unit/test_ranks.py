@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from fl_app import lora
+from fl_app import lora, lora_cut
 from fl_app.config import parse
 from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
 from fl_app.lora import LoraSpec
@@ -122,11 +122,11 @@ def test_choices_that_are_none_are_refused(choices: list[int]) -> None:
 
 
 def test_the_estimate_grows_with_everything_it_should(frozen: FrozenModel, spec: LoraSpec) -> None:
-    least = ranks.training_bytes(frozen, lora.narrowed(spec, rank=1), 64)
+    least = ranks.training_bytes(frozen, lora_cut.narrowed(spec, rank=1), 64)
 
     assert least > sum(p.numel() * p.element_size() for p in frozen.model.parameters())
     assert ranks.training_bytes(frozen, spec, 64) > least
-    assert ranks.training_bytes(frozen, lora.narrowed(spec, rank=1), 512) > least
+    assert ranks.training_bytes(frozen, lora_cut.narrowed(spec, rank=1), 512) > least
 
 
 # --- what a cut is
@@ -135,7 +135,7 @@ def test_the_estimate_grows_with_everything_it_should(frozen: FrozenModel, spec:
 def test_a_cut_is_the_first_components_in_their_own_scaling(learned: Make) -> None:
     """delta_W of the cut = (alpha / r) * b[:, :2] @ a[:2], with the whole's alpha / r."""
     whole = learned(3)
-    piece = lora.cut(whole, lora.narrowed(lora.spec_like(whole), rank=2))
+    piece = lora_cut.cut(whole, lora_cut.narrowed(lora.spec_like(whole), rank=2))
 
     for name, factors in whole.layers.items():
         expected = (whole.alpha / 4) * factors.b[:, :2].astype(float) @ factors.a[:2].astype(float)
@@ -144,9 +144,9 @@ def test_a_cut_is_the_first_components_in_their_own_scaling(learned: Make) -> No
 
 def test_a_drawn_rank_moves_its_own_components_and_no_other(learned: Make) -> None:
     whole, trained = learned(3), learned(4)
-    spec = lora.narrowed(lora.spec_like(whole), rank=1)
+    spec = lora_cut.narrowed(lora.spec_like(whole), rank=1)
 
-    after = Carried(adapter=whole).after(Merged(adapter=lora.cut(trained, spec), used=("inn",)), spec).adapter
+    after = Carried(adapter=whole).after(Merged(adapter=lora_cut.cut(trained, spec), used=("inn",)), spec).adapter
 
     for name, factors in after.layers.items():
         np.testing.assert_array_equal(factors.a[:1], trained.layers[name].a[:1])
@@ -171,9 +171,9 @@ def test_blocks_are_carried_and_complete_the_model(learned: Make) -> None:
 def test_a_layer_that_a_site_left_alone_is_as_it_was_sent(learned: Make) -> None:
     whole = learned(1)
     broadcast = Broadcast(run="r", round=1, adapter=whole, config_digest="d")
-    spec = lora.narrowed(lora.spec_like(whole), rank=2)
+    spec = lora_cut.narrowed(lora.spec_like(whole), rank=2)
     (first, *_) = sorted(whole.layers)
-    sent = lora.cut(learned(2), spec)
+    sent = lora_cut.cut(learned(2), spec)
     sent = dataclasses.replace(sent, layers={first: sent.layers[first]})
     upload = Upload(site="inn", round=1, release=AdapterRelease(adapter=sent), receipts=None, spent=0.0)
 
@@ -182,7 +182,7 @@ def test_a_layer_that_a_site_left_alone_is_as_it_was_sent(learned: Make) -> None
     assert isinstance(release, AdapterRelease)
     assert sorted(release.adapter.layers) == sorted(whole.layers)
     for name in whole.layers:
-        expected = sent if name == first else lora.cut(whole, spec)
+        expected = sent if name == first else lora_cut.cut(whole, spec)
         np.testing.assert_array_equal(lora.delta(release.adapter, name), lora.delta(expected, name))
 
 
@@ -191,10 +191,10 @@ def test_a_layer_that_a_site_left_alone_is_as_it_was_sent(learned: Make) -> None
 
 def test_a_site_trains_the_whole_or_a_part_and_nothing_else(learned: Make, spec: LoraSpec) -> None:
     whole = learned(1)
-    lora.check_start(whole, (learned(2),), spec)
-    lora.check_start(lora.cut(whole, lora.narrowed(spec, rank=1)), (), spec)
+    lora_cut.check_start(whole, (learned(2),), spec)
+    lora_cut.check_start(lora_cut.cut(whole, lora_cut.narrowed(spec, rank=1)), (), spec)
     (first, *_) = sorted(whole.layers)
-    lora.check_start(dataclasses.replace(whole, layers={first: whole.layers[first]}), (), spec)
+    lora_cut.check_start(dataclasses.replace(whole, layers={first: whole.layers[first]}), (), spec)
     wide = lora.stacked([whole, learned(2)])
     for wrong, message in [
         (wide, "alpha"),
@@ -204,6 +204,6 @@ def test_a_site_trains_the_whole_or_a_part_and_nothing_else(learned: Make, spec:
         (dataclasses.replace(whole, layers={"x": whole.layers[first]}), "layers"),
     ]:
         with pytest.raises(AdapterMismatch, match=message):
-            lora.check_start(wrong, (), spec)
+            lora_cut.check_start(wrong, (), spec)
     with pytest.raises(AdapterMismatch, match="a block under the adapter: base"):
-        lora.check_start(whole, (dataclasses.replace(learned(2), base="other"),), spec)
+        lora_cut.check_start(whole, (dataclasses.replace(learned(2), base="other"),), spec)
