@@ -259,6 +259,16 @@ def test_sites_of_other_ranks_and_layers_train_what_they_can(workplace: Path) ->
     assert up["site-0"] > up["site-1"] > up["site-2"]
 
 
+def test_a_site_that_carries_nothing_is_left_out_and_named(workplace: Path) -> None:
+    """It may say what it likes of itself: the others play on."""
+    more = ('simulation.policy_overrides={"site-1"={targets=["no_such_map"]}}', "server.network.quorum=0.5")
+    run, summary = play(workplace, "unfit", "fedit", *more)
+
+    assert [one["used"] for one in summary["rounds"]] == [["site-0", "site-2"]] * 2
+    assert any("among no_such_map; nothing is left to train" in why for why in summary["unready"].values())
+    assert not (run / "rounds" / "1" / "releases" / "site-1").exists()
+
+
 @pytest.mark.parametrize("method", ["fedex_lora", "fed_sb", "dp_dylora"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_target(
     method: str, workplace: Path, played: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter
 
 from fl_app import lora, lora_cut
 from fl_app.config import parse
-from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
+from fl_app.errors import AdapterMismatch, ConfigInvalid
 from fl_app.lora import LoraSpec
 from fl_app.types import AdapterRelease, Broadcast, Hello, Merged, Upload
 from strategies import carried, ranks
@@ -72,8 +73,11 @@ def test_fewer_tokens_at_once_leave_room_for_rank() -> None:
 def test_a_site_that_carries_nothing_is_told() -> None:
     planned = ranked({"kind": "by_memory", "choices": [2, 4], "micro_batch_tokens": 1024})
 
-    with pytest.raises(RoundFailed, match=r"inn declares 2 MB, and rank 2 takes about 3 MB at 1024 tokens"):
+    told = r"inn declares 2 MB, and rank 2 takes about 3 MB at 1024 tokens"
+    with pytest.raises(AdapterMismatch, match=told):
         planned.of_site(hello(memory_mb=2), 1)
+    assert re.match(told, planned.unfit(hello(memory_mb=2)))
+    assert planned.unfit(hello(memory_mb=3)) == ""
 
 
 def test_one_rank_is_drawn_for_the_cohort_and_all_are_drawn_in_time() -> None:
