@@ -106,7 +106,8 @@ def get(
 
 def _answered(place: Path) -> str:
     """Return what a release in the outbox answers; empty in folders of before this was kept."""
-    said: Any = json.loads((place / MANIFEST).read_text(encoding="ascii"))
+    manifest = place / MANIFEST
+    said: Any = json.loads(manifest.read_text(encoding="ascii")) if manifest.is_file() else {}
     return str(said.get("answers", ""))
 
 

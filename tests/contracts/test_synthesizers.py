@@ -26,6 +26,7 @@ from strategies.stages import Voices
 from strategies.synthesizers import AnySynthesizer
 from strategies.synthesizers.control_codes import CodedSampling, ControlCodes
 from strategies.synthesizers.epsvec import EpsVec
+from strategies.synthesizers.no_drafts import NoDrafts
 from strategies.synthesizers.private_evolution import PrivateEvolution
 from strategies.synthesizers.public_only import PublicOnly
 from strategies.synthesizers.released_texts import ReleasedTexts
@@ -126,7 +127,16 @@ def test_the_union_is_what_these_tests_are_run_on() -> None:
     """The other members have files of their own."""
     members: tuple[Any, ...] = get_args(get_args(AnySynthesizer)[0])
 
-    assert members == (ControlCodes, ReleasedTexts, EpsVec, PrivateEvolution, PublicOnly, ZeroShot)
+    assert members == (ControlCodes, ReleasedTexts, EpsVec, PrivateEvolution, PublicOnly, ZeroShot, NoDrafts)
+
+
+def test_no_drafts_asks_for_adapters_and_writes_nothing(lab: Lab, adapter: Adapter) -> None:
+    write = NoDrafts(kind="no_drafts").build(lab)
+
+    assert write.asks.kind == "adapter"
+    material = write.prepare(adapter, [], stream(0, "prepare", 1), 1)
+    assert (material.texts, dict(material.vectors)) == ((), {})
+    assert list(write(Voices(merged=adapter, by_site={}), stream(0, "synthesise", 1), 1)) == []
 
 
 # --- on the tiny model

@@ -44,8 +44,9 @@ CENTRAL["inner"] = {"kind": "mean_factors"}
 
 
 def _trees() -> list[dict[str, Any]]:
-    every = [tomllib.loads(path.read_text("utf-8")) for path in sorted((ROOT / "configs").rglob("*.toml"))]
-    shipped = [tree for tree in every if "simulation" in tree]  # a production run has no such table
+    every = {path: tomllib.loads(path.read_text("utf-8")) for path in sorted((ROOT / "configs").rglob("*.toml"))}
+    runs = [path for path, tree in every.items() if "simulation" in tree or "extends" in tree]
+    shipped = [read_tree(str(path)) for path in runs]  # a production run has no table [simulation]
     smoke = next(tree for tree in shipped if tree["run"]["rounds"] == 2)
     more = copy.deepcopy(smoke)
     more["server"]["distiller"] = dict(ENDPOINT)

@@ -254,12 +254,13 @@ def test_a_vector_is_the_sum_of_the_differences_where_nothing_is_cut(
     import torch
 
     found, expected = release(rows(5), clip_norm=1e3), np.zeros(WIDTH)
+    model = frozen.replica().model  # transformers leaves its hooks on a model that was asked for hidden states
     for row in rows(5):
         if row.code == CODES[0]:
             prompt = f"Letter about {CODES[0]}:\n"
             ids = frozen.tokenizer(prompt + row.instruction[:24])["input_ids"]  # bytes: a token each
             with torch.inference_mode():
-                states = frozen.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][
+                states = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1][
                     0, len(prompt) :
                 ]
             expected += states.mean(0).numpy() - material().vectors[f"{CODES[0]}/0/centre"]

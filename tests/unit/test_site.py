@@ -12,7 +12,7 @@ from clients import local_round, outbox
 from clients.config import read_client, read_policy
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
-from fl_app import audit_log, lora
+from fl_app import audit_log, lora, releases
 from fl_app.config import shared
 from fl_app.errors import ConfigInvalid, LedgerCorrupt
 from fl_app.hash_chain import NO_LINE
@@ -142,6 +142,7 @@ def test_a_release_knows_its_line(site: Site, start: Adapter) -> None:
         "round": 1,
         "run": "a.d",
         "sha256": committed.sha256,
+        "answers": releases.broadcast_sha256(Broadcast(run="a", round=1, adapter=start, config_digest="d")),
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fl_app import lora, wire
+from fl_app import lora, wire_fields
 from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.origin import ROOT
@@ -338,8 +338,8 @@ def test_what_is_told_is_one_line_that_prints() -> None:
 
 
 def test_every_rule_of_the_wire_is_a_rule_of_ours() -> None:
-    source = (ROOT / "fl_app" / "wire.py").read_text(encoding="utf-8")
-    named = {*re.findall(r'rule="(\w+)"', source), *wire._RULES.values(), WireViolation("x").rule}
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "fl_app").glob("wire*.py")))
+    named = {*re.findall(r'rule="(\w+)"', source), *wire_fields.RULES.values(), WireViolation("x").rule}
 
     assert len(named) > 10
     assert named <= {*RULES}
