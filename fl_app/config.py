@@ -143,12 +143,16 @@ def _on_top(below: Tree, above: Tree) -> Tree:
     merged = dict(below)
     for key, value in above.items():
         former = below.get(key)
-        tables = isinstance(former, dict) and isinstance(value, dict)
-        if tables and former.get("kind", value.get("kind")) == value.get("kind", former.get("kind")):
+        if isinstance(former, dict) and isinstance(value, dict) and _same_kind(former, value):
             merged[key] = _on_top(former, value)
         else:
             merged[key] = value
     return merged
+
+
+def _same_kind(below: Tree, above: Tree) -> bool:
+    """Whether a table says more of the same thing: no kind at all, the same one, or none said anew."""
+    return "kind" not in above or above["kind"] == below.get("kind", above["kind"])
 
 
 def _read_file(config: str) -> Tree:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fl_app.errors import AdapterMismatch
 from fl_app.types import Adapter, LoraFactors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -75,3 +76,81 @@ def compact(adapter: Adapter) -> Adapter:
     if rank <= most:
         return adapter
     return adapter_of(decompose(adapter), rank=most, scaling=adapter.alpha / rank, base=adapter.base)
+
+
+def cut(parts: Mapping[str, Svd], ranks: Mapping[str, int]) -> dict[str, Svd]:
+    """Return the first `ranks[layer]` singular values of each layer: the best approximation of that rank.
+
+    Guarantee: what is left out has the Frobenius norm sqrt(sum of the squares of the values left out).
+    """
+    return {
+        name: Svd(u=part.u[:, : ranks[name]], s=part.s[: ranks[name]], v=part.v[: ranks[name]])
+        for name, part in parts.items()
+    }
+
+
+def energy_ranks(parts: Mapping[str, Svd], energy: float) -> dict[str, int]:
+    """Return, by layer, the fewest values whose squares sum to `energy` of all their squares; 0 for a layer of zeros.
+
+    With `energy` 1 what is left out is below float64's rounding of the sum, 1e-8 of the layer's norm.
+    """
+    ranks: dict[str, int] = {}
+    for name, part in parts.items():
+        sums = np.cumsum(part.s**2)
+        ranks[name] = int(np.searchsorted(sums, energy * sums[-1])) + 1 if sums[-1] > 0 else 0
+    return ranks
+
+
+def with_core(adapter: Adapter, rank: int) -> Adapter:
+    """Return the best adapter of this rank with cores: b = u, a = v, both orthonormal, core = diag(s) / scaling.
+
+    It changes nothing but the released adapter that it is given, so it costs no privacy: the way to a private basis for
+    Fed-SB, whose published code takes it from raw gradients.
+
+    Raises: AdapterMismatch when the adapter has fewer directions than `rank`.
+    Source: Fed-SB (Singhal et al. 2025, 2502.15436) begins with the SVD of a first gradient; ours decomposes an adapter
+    that was trained under DP.
+    """
+    parts = decompose(adapter)
+    scaling = adapter.alpha / next(iter(adapter.layers.values())).a.shape[0]
+    layers: dict[str, LoraFactors] = {}
+    for name, part in parts.items():
+        if len(part.s) < rank:
+            raise AdapterMismatch(
+                f"{name} has {len(part.s)} directions, fewer than the {rank} asked for; lower lora.rank, or train the "
+                "first adapter at a higher one"
+            )
+        core = np.diag(part.s[:rank] / scaling).astype(np.float32)
+        a, b = part.v[:rank].astype(np.float32), part.u[:, :rank].astype(np.float32)
+        layers[name] = LoraFactors(a=a, b=b, core=core)
+    return Adapter(layers=layers, alpha=scaling * rank, base=adapter.base)
+
+
+def sketched(adapters: Sequence[Adapter], weights: Sequence[float], sketch: Mapping[str, np.ndarray]) -> dict[str, Svd]:
+    """Return the decomposition of sum_k weights_k delta_W_k as two sums of thin matrices show it.
+
+        y = sum_k w_k s_k b_k (a_k omega),   q from y = q r,   p = sum_k w_k s_k a_k' (b_k' q),   q p' = u s v
+
+    Shapes: sketch by layer (d_in, m), m columns drawn at random; y (d_out, m), p (d_in, min(m, d_out)).
+    Guarantee: exact, up to float64, once m is at least the rank of the sum (for all but a null set of draws); below,
+    the projection of the sum onto the columns of y.
+    Source: Halko, Martinsson and Tropp 2011 (0909.4061), without power iterations.
+    """
+    found: dict[str, Svd] = {}
+    for name, omega in sorted(sketch.items()):
+        sides = [_sides(adapter, name, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+        seen = sum(b @ (a @ omega) for a, b in sides)
+        basis, _ = np.linalg.qr(np.asarray(seen, np.float64))
+        back = sum(a.T @ (b.T @ basis) for a, b in sides)
+        u, s, v = np.linalg.svd(np.asarray(back, np.float64).T, full_matrices=False)
+        found[name] = Svd(u=basis @ u, s=s, v=v)
+    return found
+
+
+def _sides(adapter: Adapter, layer: str, weight: float) -> tuple[Doubles, Doubles]:
+    """Return a and weight * scaling * b @ core of one layer, in float64."""
+    factors = adapter.layers[layer]
+    scaling = weight * adapter.alpha / factors.a.shape[0]
+    b = factors.b.astype(np.float64)
+    core = b if factors.core is None else b @ factors.core.astype(np.float64)
+    return factors.a.astype(np.float64), scaling * core

@@ -90,6 +90,16 @@ def schedule(tree: Tree) -> Schedule | None:
 def check_carried(tree: Tree, server: Any) -> None:
     """Raise `ConfigInvalid` when learner, aggregator and what is carried from round to round do not fit."""
     how, aggregator = schedule(tree), server.aggregator.kind
+    if server.ranks.kind in {"listed", "by_memory"} and (why := getattr(server.aggregator, "one_rank", "")):
+        raise ConfigInvalid(
+            f"server.ranks.kind = {server.ranks.kind!r} lets sites train other ranks, and server.aggregator.kind = "
+            f"{aggregator!r} {why}; use stacked, truncated_svd, thresholded_svd or sketched_svd"
+        )
+    if how == "core" and (why := getattr(server.aggregator, "no_cores", "")):
+        raise ConfigInvalid(
+            f"client.learner trains cores, and server.aggregator.kind = {aggregator!r} takes none: {why}; use "
+            "mean_factors"
+        )
     if server.carries == "merged" and server.synthesizer.writes_from != "adapter":
         raise ConfigInvalid(
             f'server.carries = "merged" carries the sites\' adapters on, and server.synthesizer.kind = '

@@ -52,8 +52,9 @@ class Aggregator(Protocol):
     def __call__(self, uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:
         """`broadcast` is what the uploads answer: the round, and the adapter that every site started from.
 
-        Raises: AdapterMismatch when base, layers, rank or scaling differ; ValueError when there is no upload;
-        RoundFailed when the method has a budget and it is spent, or too few uploads to keep its promise.
+        Raises: AdapterMismatch when base, layers or, where the method needs them alike, rank and scaling differ;
+        ValueError when there is no upload; RoundFailed when the method has a budget and it is spent, too few uploads
+        to keep its promise, or one from a site without a weight.
         """
         ...
 

@@ -1,11 +1,13 @@
 """The mean of the products with every site's update cut to one length: no site moves the model further than another.
 
     update_k = delta_W(upload_k) - delta_W(broadcast), all layers as one vector; N_k its Frobenius norm
-    merged   = delta_W(broadcast) + (1/n) sum_k min(1, bound / N_k) * update_k
+    merged   = delta_W(broadcast) + sum_k p_k c_k update_k,   c_k = min(1, bound / N_k),   p_k = 1/n without weights
 
 What is cut and averaged are products, so a site cannot hide length by rescaling A against B, and the bound speaks of
-what the model feels. The sum is exact, without a dense matrix: it is a weighted sum of the n uploads and the broadcast
-with weights c_k / n and 1 - mean(c_k), stacked into one adapter (rank n r, or (n + 1) r once an update was cut).
+what the model feels. It is a sum of the n uploads and the broadcast in the shares p_k c_k and 1 - sum p_k c_k, which
+`inner` adds up: by default stacked into one adapter, exactly (rank n r, or (n + 1) r once an update was cut). Since the
+broadcast joins as one more adapter, an inner that adds factors instead of products would cut nothing; those are
+refused.
 
 | bound        | one upload of n moves the merged delta_W by | hostile uploads it takes | claimed from |
 |--------------|---------------------------------------------|--------------------------|--------------|
@@ -13,8 +15,10 @@ with weights c_k / n and 1 - mean(c_k), stacked into one adapter (rank n r, or (
 | "median"     | at most (2 M + (n - 1) (M - m)) / n         | fewer than n / 2         | n = 3        |
 
 "median" is the median of the N_k, the lower one of an even number. m and M are the least and the greatest honest N_k:
-with fewer than n / 2 hostile uploads the median is one of them or between them. A number is a constant of the
-configuration and needs no vote; it has to be known, for instance from the clip norm and the noise of the learner.
+with fewer than n / 2 hostile uploads the median is one of them or between them. With weights, p_k stands for 1 / n. A
+number is a constant of the configuration and needs no vote; it has to be known, for instance from the clip norm and the
+noise of the learner. The bounds are on the sum. An inner that cuts the sum to a rank is as far from it as what it cuts
+off, and a cut can turn about where two singular values are near each other.
 
 Not claimed: direction. A sign-flipped update of an honest length counts as much as an honest one, and a trigger
 trained within the bound stays in, at a weight of 1 / n. For those use `median_factors` or `krum_product`, and the
@@ -28,15 +32,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator, field_validator
 
-from fl_app import lora
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import Merged
 from strategies import products
+from strategies.aggregators.mean_product import MeanProduct
+from strategies.aggregators.sketched_svd import SketchedSvd
+from strategies.aggregators.stacked import Stacked
+from strategies.aggregators.thresholded_svd import ThresholdedSvd
+from strategies.aggregators.truncated_svd import TruncatedSvd
+from strategies.weighing import refuse_inner, shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,11 +69,39 @@ def _bound(value: object) -> float | Literal["median"]:
 Bound: TypeAlias = Annotated[float | Literal["median"], PlainValidator(_bound)]
 
 
+REFUSED = {
+    "mean_factors": "a cut product is no product of cut factors, so it has no factors to average",
+    "residual": "it starts from the mean of the factors, and a cut product has none",
+    "ridge": "it corrects the mean of the factors, and a cut product has none",
+    "zero_padded": "it averages factors, and a cut product has none",
+    "median_factors": "a median of factors needs no bound, and a cut product has no factors",
+    "central_dp": "its bound is on factors and is part of its promise; write clip_norm there",
+    "bounded_mean_product": "it would cut what is cut; lower bound",
+    "krum_product": "choose first and cut then: write krum_product with this as its inner",
+}
+"""Why an aggregator cannot add up cut products, by its kind."""
+
+AnySum: TypeAlias = Annotated[
+    MeanProduct | Stacked | TruncatedSvd | ThresholdedSvd | SketchedSvd, Field(discriminator="kind")
+]
+
+
 class BoundedMeanProduct(Section):
     """[server.aggregator] kind = "bounded_mean_product": `bound` is a length of delta_W, or "median"."""
 
     kind: Literal["bounded_mean_product"]
     bound: Bound = "median"
+    inner: AnySum = MeanProduct(kind="mean_product")
+
+    @property
+    def carries(self) -> bool:
+        """Whether a next round can go on from the result."""
+        return self.inner.carries
+
+    @field_validator("inner", mode="before")
+    @classmethod
+    def _sums_products(cls, value: Any) -> Any:
+        return refuse_inner(value, REFUSED, way_out='write inner = {kind = "mean_product"}, or another sum of products')
 
     def build(self, setting: Setting) -> Aggregator:
         """Return the stage. Raises: ConfigInvalid when there are too few sites for a median of norms."""
@@ -73,33 +110,37 @@ class BoundedMeanProduct(Section):
                 f'server.aggregator: bound = "median" outvotes nobody with server.network.sites = {setting.sites}: it '
                 f"takes {FEWEST} sites; write a number, bound = 1.0, which is a promise for any number of sites"
             )
-        return BoundedMean(bound=self.bound)
+        self.inner.build(setting)  # for its refusals
+        return BoundedMean(section=self, setting=setting)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundedMean:
     """An `Aggregator`."""
 
-    bound: Bound
+    section: BoundedMeanProduct
+    setting: Setting
 
     def __call__(self, uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:
-        """Return the mean of the cut updates on top of the broadcast; uploads within the bound give `mean_product`.
+        """Return the sum of the cut updates on top of the broadcast; uploads within the bound give what `inner` gives.
 
         Raises: RoundFailed for fewer than three uploads where the bound is their median; AdapterMismatch; ValueError.
         """
-        adapters, start = products.by_site(uploads), broadcast.adapter
-        products.check_maps(adapters, start)
-        if self.bound == "median" and len(adapters) < FEWEST:
+        adapters, start, inner = products.by_site(uploads), broadcast.adapter, self.section.inner
+        inner.check(adapters, start)
+        if self.section.bound == "median" and len(adapters) < FEWEST:
             raise RoundFailed(
                 f"round {broadcast.round}: {len(adapters)} sound uploads ({', '.join(adapters)}), and the median of "
                 f"their norms outvotes nobody: it takes {FEWEST}. The target of the last round is kept; raise "
                 "server.network.quorum, or give server.aggregator.bound a number"
             )
         norms = [products.distance(adapter, start) for adapter in adapters.values()]
-        bound = sorted(norms)[(len(norms) - 1) // 2] if self.bound == "median" else self.bound
-        scales = [1.0 if norm <= bound else bound / norm for norm in norms]
-        voices, weights = list(adapters.values()), [scale / len(scales) for scale in scales]
-        rest = sum(1 - scale for scale in scales) / len(scales)
-        if rest > 0:
-            voices, weights = [*voices, start], [*weights, rest]
-        return Merged(adapter=lora.stacked(voices, weights), used=tuple(adapters))
+        bound = sorted(norms)[(len(norms) - 1) // 2] if self.section.bound == "median" else self.section.bound
+        weighed = shares(inner.weights, adapters, round_number=broadcast.round)
+        cuts = [1.0 if norm <= bound else bound / norm for norm in norms]
+        voices = list(adapters.values())
+        counted = [share * scale for share, scale in zip(weighed, cuts, strict=True)]
+        if (rest := math.fsum(share * (1 - scale) for share, scale in zip(weighed, cuts, strict=True))) > 0:
+            voices, counted = [*voices, start], [*counted, rest]
+        whole = inner.merge(voices, counted, broadcast, self.setting)
+        return Merged(adapter=whole.adapter, used=tuple(adapters), start=whole.start, blocks=whole.blocks)

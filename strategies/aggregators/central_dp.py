@@ -17,7 +17,16 @@ took part. Example-level DP on the sites is another promise, to other people; bo
 No amplification by client sampling is claimed: it needs a secret random cohort, while here every site is asked in every
 round and the server, its journal and anyone on the wire see who answered (federated-methods-and-dp.md 3.3).
 
-Which factors get noise is read from the configuration: finding out from the uploads would itself be a release.
+Which factors get noise is read from the configuration: finding out from the uploads would itself be a release. They are
+clipped jointly, as one vector, and the others stay the broadcast's to the bit:
+
+| trains | noise on                     | learners                                         |
+|--------|------------------------------|--------------------------------------------------|
+| both   | a and b                      | LoRA, DP-LoRA, LA-LoRA                           |
+| a      | a                            | FedSA-LoRA, whose b never travels                |
+| b      | b                            | FFA-LoRA, FedASK                                 |
+| rounds | b in odd rounds, a in even   | RoLoRA                                           |
+| core   | the r x r core               | Fed-SB, LoRA-SB, LoRA-XS                         |
 
 Out of scope: adaptive clipping (it costs budget of its own), secure aggregation, weights by row counts (private), and
 runs of one cohort that are planned after looking at earlier ones: PLD composes a schedule fixed in advance.
@@ -32,12 +41,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from fl_app import lora
+from fl_app import factors, lora
 from fl_app.config import Section
 from fl_app.errors import AdapterMismatch, BudgetSpent, ConfigInvalid, LedgerRefusal, RoundFailed
 from fl_app.privacy import gaussian
@@ -51,6 +60,7 @@ from fl_app.seeds import stream
 from fl_app.types import Adapter, ClientLevelCost, DpReceipt, Gaussian, LoraFactors, Merged
 from strategies import products
 from strategies.aggregators.mean_factors import MeanFactors
+from strategies.weighing import refuse_inner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -58,13 +68,28 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Broadcast, Floats, Upload
+    from fl_app.types import Broadcast, Factor, Floats, Upload
     from strategies.stages import Aggregator, Setting
 
     Doubles: TypeAlias = npt.NDArray[np.float64]
 
 UNIT = "site"
-FACTORS: dict[str, tuple[str, ...]] = {"both": ("a", "b"), "b": ("b",)}
+
+REFUSED = {
+    "mean_product": "products are no sum of what sites send, so clipping each update bounds nothing",
+    "stacked": "a stack shows every site's own adapter, and no noise on a sum covers that",
+    "residual": "the residual is quadratic in the updates, so one site moves it by more than its clip",
+    "truncated_svd": "a decomposition can turn about for a small update; take it of the noised mean, which is free",
+    "thresholded_svd": "a decomposition can turn about for a small update; take it of the noised mean, which is free",
+    "sketched_svd": "a decomposition can turn about for a small update; take it of the noised mean, which is free",
+    "ridge": "the correction is a quotient of what sites send, and no sum of it",
+    "zero_padded": "a padded row is a step from the broadcast's row to zero, which the clip would take for training",
+    "median_factors": "a median is no sum: leaving one site out can move it by any honest distance",
+    "bounded_mean_product": "its bound is on products, and with a median it looks at all the updates to choose it",
+    "krum_product": "which uploads are chosen depends on all of them, and a choice is no sum",
+    "central_dp": "noise twice would be spent twice",
+}
+"""Why an aggregator is no sum of the sites' factors divided by a constant, by its kind."""
 
 FINER = 2.0**-10
 """Updates are cut to the release's lattice times this: fine enough to cost nothing (2^-24 of the clip norm in all),
@@ -76,9 +101,12 @@ class CentralDp(Section):
 
     `inner` is what becomes private: the mean of the factors is their sum divided by `sites`, and the noise goes onto
     that sum. `clip_norm` bounds a site's update over all layers and both factors together; `epsilon` at `delta` is the
-    budget of the ledger. `trains` is what the learner trains: "b" when factor a is frozen. `ledger`, an absolute path,
-    counts over all runs of one `cohort`; empty: a ledger in the run directory, which counts this run alone.
+    budget of the ledger. `trains` is what the learner trains. `ledger`, an absolute path, counts over all runs of one
+    `cohort`; empty: a ledger in the run directory, which counts this run alone.
     """
+
+    carries: ClassVar[bool] = True
+    one_rank: ClassVar[str] = "adds or orders coordinate by coordinate, and factors of different ranks share none"
 
     kind: Literal["central_dp"]
     inner: MeanFactors
@@ -86,19 +114,22 @@ class CentralDp(Section):
     noise_multiplier: Annotated[float, Field(gt=0)]
     epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
-    trains: Literal["both", "b"] = "both"
+    trains: Literal["both", "a", "b", "rounds", "core"] = "both"
     cohort: str = ""
     ledger: str = ""
 
     @field_validator("inner", mode="before")
     @classmethod
     def _only_sums(cls, value: Any) -> Any:
+        way_out = 'write inner = {kind = "mean_factors"}, or use it without central_dp'
         kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", value)
-        if kind != "mean_factors":
+        if kind != "mean_factors" and kind not in REFUSED:
+            raise ValueError(f"{repr(kind)[:40]} cannot be wrapped: there is no such aggregator; {way_out}")
+        refuse_inner(value, REFUSED, way_out=way_out)
+        if value.get("weights") if isinstance(value, dict) else value.weights:
             raise ValueError(
-                f"{repr(kind)[:40]} cannot be wrapped: its result is not a sum of the sites' factors divided by a "
-                'constant, so clipping each update bounds nothing; write inner = {kind = "mean_factors"}, or use it '
-                "without central_dp"
+                "inner.weights cannot be wrapped: a site that counts more moves the sum by more than the clip that the "
+                "noise is made for; leave them out"
             )
         return value
 
@@ -169,14 +200,18 @@ class PrivateMean:
         Guarantee: the ledger holds one more Gaussian before any update is summed or any noise drawn.
         Raises: RoundFailed when the budget is spent or every update was rejected; AdapterMismatch; ValueError.
         """
-        start, names = broadcast.adapter, FACTORS[self.section.trains]
+        start, names = broadcast.adapter, trained(self.section.trains, broadcast.round)
         adapters = products.by_site(uploads)
         lora.check_alike(list(adapters.values()))
         try:
             lora.check_alike([start, *list(adapters.values())[:1]])
         except AdapterMismatch as error:
             raise AdapterMismatch(f"uploads do not answer the broadcast adapter (adapter 0): {error}") from None
-        rejected = {site: rule for site, adapter in adapters.items() if (rule := _broken(adapter, start, site, names))}
+        if "core" in names and not lora.has_core(start):
+            raise AdapterMismatch("server.aggregator.trains = 'core', and the broadcast adapter has no cores")
+        rejected = {
+            site: rule for site, adapter in adapters.items() if (rule := self._broken(adapter, start, site, names))
+        }
         if len(rejected) == len(adapters):
             told = "; ".join(f"{site}: {rule}" for site, rule in rejected.items())
             raise RoundFailed(f"round {broadcast.round}: no update is left to sum ({told})")
@@ -260,8 +295,32 @@ class PrivateMean:
                 "epsilon in server.aggregator, or plan fewer rounds"
             ) from None
 
+    def _broken(self, adapter: Adapter, start: Adapter, site: str, names: tuple[Factor, ...]) -> str:
+        """Return why an upload counts as zero; empty when it does not.
+
+        Raises: AdapterMismatch for another shape, which numpy would broadcast.
+        """
+        for layer, origin in start.layers.items():
+            began, sent = (lora.named_factors(layer, one) for one in (origin, adapter.layers[layer]))
+            for tensor, values in sent.items():
+                if values.shape != began[tensor].shape:
+                    raise AdapterMismatch(
+                        f"{site}: {tensor} is {values.shape}, the broadcast one is {began[tensor].shape}"
+                    )
+                if tensor.rpartition(".")[2] not in names and not np.array_equal(values, began[tensor]):
+                    told = f"server.aggregator.trains = {self.section.trains!r}"
+                    return f"frozen: {tensor} was changed, but {told} moves {' and '.join(names)}; choose 'both'"
+                if not np.isfinite(values).all():
+                    return f"finite: {tensor} holds NaN or infinity"
+        return ""
+
     def _scope(self) -> str:
         return f"all runs in the ledger of cohort {self.section.cohort}" if self.section.ledger else "this run"
+
+
+def trained(trains: factors.Schedule | Literal["a"], round_number: int) -> tuple[Factor, ...]:
+    """Return the factors that are clipped and noised in a round."""
+    return ("a",) if trains == "a" else factors.moved(trains, round_number)
 
 
 def clipped_sum(updates: Iterable[Sequence[Doubles]], *, like: Sequence[Floats], clip_norm: float) -> list[Doubles]:
@@ -285,29 +344,12 @@ def clipped_sum(updates: Iterable[Sequence[Doubles]], *, like: Sequence[Floats],
     return totals
 
 
-def _broken(adapter: Adapter, start: Adapter, site: str, names: tuple[str, ...]) -> str:
-    """Return why an upload counts as zero; empty when it does not.
-
-    Raises: AdapterMismatch for another shape, which numpy would broadcast.
-    """
-    for layer, origin in start.layers.items():
-        for name in FACTORS["both"]:
-            sent, began = getattr(adapter.layers[layer], name), getattr(origin, name)
-            if sent.shape != began.shape:
-                raise AdapterMismatch(f"{site}: {layer}.{name} is {sent.shape}, the broadcast one is {began.shape}")
-            if name not in names and not np.array_equal(sent, began):
-                return f"frozen: {layer}.{name} was changed, but server.aggregator.trains = 'b'; choose 'both'"
-            if not np.isfinite(sent).all():
-                return f"finite: {layer}.{name} holds NaN or infinity"
-    return ""
-
-
-def _parts(adapter: Adapter, names: tuple[str, ...]) -> list[Floats]:
+def _parts(adapter: Adapter, names: tuple[Factor, ...]) -> list[Floats]:
     """Return the trained factors, by layer in sorted order."""
     return [getattr(adapter.layers[layer], name) for layer in sorted(adapter.layers) for name in names]
 
 
-def _update(adapter: Adapter, start: Adapter, names: tuple[str, ...]) -> list[Doubles]:
+def _update(adapter: Adapter, start: Adapter, names: tuple[Factor, ...]) -> list[Doubles]:
     """Return how far a site moved every trained factor."""
     return [
         sent.astype(np.float64) - began
@@ -315,14 +357,17 @@ def _update(adapter: Adapter, start: Adapter, names: tuple[str, ...]) -> list[Do
     ]
 
 
-def _moved(start: Adapter, names: tuple[str, ...], steps: Sequence[Doubles]) -> Adapter:
+def _moved(start: Adapter, names: tuple[Factor, ...], steps: Sequence[Doubles]) -> Adapter:
     """Return `start` moved by `steps`; a factor that is not trained is the broadcast one, bit for bit."""
     step = iter(steps)
     layers: dict[str, LoraFactors] = {}
     for layer in sorted(start.layers):
-        began = start.layers[layer]
-        moved = {name: (getattr(began, name) + next(step)).astype(np.float32) for name in names}
-        layers[layer] = LoraFactors(**{"a": began.a.copy(), **moved})
+        found = {
+            tensor.rpartition(".")[2]: values.copy()
+            for tensor, values in lora.named_factors(layer, start.layers[layer]).items()
+        }
+        moved = {name: (found[name] + next(step)).astype(np.float32) for name in names}
+        layers[layer] = LoraFactors(**{**found, **moved})
     return Adapter(layers=layers, alpha=start.alpha, base=start.base)
 
 

@@ -1,16 +1,18 @@
-"""Krum: the upload whose product lies nearest to its neighbours; with `keep` above 1, the mean of the nearest products.
+"""Krum: the upload whose product lies nearest to its neighbours; with `keep` above 1, a sum of the nearest ones.
 
     score_k = sum of the squared distances from delta_W_k to the n - f - 2 uploads nearest to it; lowest scores win
 
 n uploads, f = `hostile` of them bad at the most, n >= 2 f + 3. Distances are between products over all layers at once:
 scores per layer, or of A and B apart, would pick factors of different sites, whose product nobody sent, and a site
-could look near or far by rescaling A against B. What is returned is a whole upload, or the exact mean of `keep` whole
-products (rank keep * r); no factor of one site ever meets a factor of another.
+could look near or far by rescaling A against B. What is chosen are whole uploads, and those `inner` adds up as it would
+add any: fewer uploads are uploads again. By default that is the exact mean of their products (rank keep * r), where no
+factor of one site ever meets a factor of another.
 
-Guarantee: with D the greatest distance between two honest uploads, every upload that is picked lies within
-D * sqrt((n - f - 2) / (n - 2 f - 1)) of some honest one, so what is merged lies within D * (1 + that root) of every
-honest one. For a hostile upload to be picked some honest one must have scored no lower (keep <= n - f leaves one
-behind it); that score is at most (n - f - 2) D^2, and n - 2 f - 1 or more of the neighbours it counts are honest.
+Guarantee, for that inner and every other exact one: with D the greatest distance between two honest uploads, every
+upload that is picked lies within D * sqrt((n - f - 2) / (n - 2 f - 1)) of some honest one, so what is merged lies
+within D * (1 + that root) of every honest one. For a hostile upload to be picked some honest one must have scored no
+lower (keep <= n - f leaves one behind it); that score is at most (n - f - 2) D^2, and n - 2 f - 1 or more of the
+neighbours it counts are honest.
 
 Not claimed: that the pick is honest, or good. Noise keeps honest uploads far apart, so D is large where privacy is
 strong, and a site that sends the broadcast back, bent a little, looks central. Krum with keep = 1 throws the other
@@ -25,37 +27,80 @@ gradients. The guarantee above is ours, of distances in one round; theirs is of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from fl_app import lora
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
-from fl_app.types import Merged
 from strategies import products
+from strategies.aggregators.bounded_mean_product import BoundedMeanProduct
+from strategies.aggregators.mean_factors import MeanFactors
+from strategies.aggregators.mean_product import MeanProduct
+from strategies.aggregators.median_factors import MedianFactors
+from strategies.aggregators.residual import Residual
+from strategies.aggregators.ridge import Ridge
+from strategies.aggregators.sketched_svd import SketchedSvd
+from strategies.aggregators.stacked import Stacked
+from strategies.aggregators.thresholded_svd import ThresholdedSvd
+from strategies.aggregators.truncated_svd import TruncatedSvd
+from strategies.aggregators.zero_padded import ZeroPadded
+from strategies.weighing import refuse_inner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fl_app.types import Adapter, Broadcast, Upload
+    from fl_app.types import Adapter, Broadcast, Merged, Upload
     from strategies.stages import Aggregator, Setting
+
+REFUSED = {
+    "central_dp": "who is chosen depends on every update, so the noise of a sum does not cover it",
+    "krum_product": "it would choose among the chosen; lower keep",
+}
+"""Why an aggregator cannot add up what was chosen, by its kind."""
+
+AnyInner: TypeAlias = Annotated[
+    MeanProduct
+    | MeanFactors
+    | Stacked
+    | Residual
+    | TruncatedSvd
+    | ThresholdedSvd
+    | SketchedSvd
+    | Ridge
+    | ZeroPadded
+    | MedianFactors
+    | BoundedMeanProduct,
+    Field(discriminator="kind"),
+]
 
 
 class KrumProduct(Section):
-    """[server.aggregator] kind = "krum_product": tolerates `hostile` sites, returns the mean of `keep` uploads."""
+    """[server.aggregator] kind = "krum_product": tolerates `hostile` sites, adds up `keep` uploads as `inner` does."""
 
     kind: Literal["krum_product"]
     hostile: Annotated[int, Field(ge=1)] = 1
     keep: Annotated[int, Field(ge=1)] = 1
+    inner: AnyInner = MeanProduct(kind="mean_product")
+
+    @property
+    def carries(self) -> bool:
+        """Whether a next round can go on from the result."""
+        return self.inner.carries
+
+    @field_validator("inner", mode="before")
+    @classmethod
+    def _sums_uploads(cls, value: Any) -> Any:
+        return refuse_inner(value, REFUSED, way_out="choose an aggregator of uploads")
 
     def build(self, setting: Setting) -> Aggregator:
         """Return the stage. Raises: ConfigInvalid when there are too few sites for `hostile` and `keep`."""
         if fault := too_few(setting.sites, self):
             raise ConfigInvalid(f"server.aggregator: with server.network.sites = {setting.sites}, {fault}")
-        return Krum(section=self)
+        return Krum(section=self, inner=self.inner.build(dataclasses.replace(setting, sites=self.keep)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +108,10 @@ class Krum:
     """An `Aggregator`."""
 
     section: KrumProduct
+    inner: Aggregator
 
     def __call__(self, uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:
-        """Return the mean of the `keep` lowest scores; ties go to the site whose name comes first.
+        """Return the sum of the `keep` lowest scores; ties go to the site whose name comes first.
 
         Raises: RoundFailed for too few uploads; AdapterMismatch; ValueError.
         """
@@ -77,12 +123,10 @@ class Krum:
                 "target of the last round is kept"
             )
         scored = scores(adapters, hostile=self.section.hostile)
-        chosen = sorted(sorted(scored, key=lambda site: (scored[site], site))[:keep])
-        merged = lora.stacked([adapters[site] for site in chosen], [1 / keep] * keep)
+        chosen = frozenset(sorted(scored, key=lambda site: (scored[site], site))[:keep])
+        merged = self.inner([upload for upload in uploads if upload.site in chosen], broadcast)
         told = f"krum: not among the {keep} nearest to the others"
-        return Merged(
-            adapter=merged, used=tuple(chosen), rejected={site: told for site in adapters if site not in chosen}
-        )
+        return dataclasses.replace(merged, rejected={site: told for site in adapters if site not in chosen})
 
 
 def too_few(count: int, section: KrumProduct) -> str:

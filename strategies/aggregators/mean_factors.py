@@ -1,56 +1,50 @@
-"""FedIT: the plain mean of A and of B, each for itself.
+"""FedIT: the mean of A and of B, each for itself; of adapters with cores, the mean of the cores.
 
-mean(B) @ mean(A) is not mean(B @ A): the error is the cross-covariance of the factors over the sites. It stays the
-reference because most published numbers use it.
+mean(B) @ mean(A) is not mean(B @ A): the error is the cross-covariance of the factors over the sites. Where one factor
+is common to all sites it vanishes, and the mean is exact:
 
-Source: Zhang et al. 2023 (FedIT, 2305.05644), with equal public weights: client-sent row counts are private.
+| method                | common          | what is averaged                                  | exact |
+|-----------------------|-----------------|---------------------------------------------------|-------|
+| FedIT, DP-LoRA        | nothing         | A and B                                           | no    |
+| LA-LoRA               | nothing         | A and B, which take turns within a round          | no    |
+| FFA-LoRA              | A               | B                                                 | yes   |
+| RoLoRA                | A, then B       | B in odd rounds, A in even ones                   | yes   |
+| FedSA-LoRA            | B, as broadcast | A; the sites keep their own B, which never travel | yes   |
+| Fed-SB, LoRA-SB       | A and B         | the r x r cores                                   | yes   |
+
+A common factor comes out bit for bit as it went in. Of FedSA-LoRA the server knows A alone: its delta_W is that of the
+broadcast's B, so 0 where B began at zero, and no text can be written from it.
+
+Source: Zhang et al. 2023 (FedIT, 2305.05644); FFA-LoRA (Sun et al. 2024, 2403.12313), RoLoRA (2502.01755), LA-LoRA
+(2602.19926), FedSA-LoRA (2410.01463), Fed-SB (2502.15436). Ours weighs by public constants, not by row counts.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-
-from fl_app import lora
-from fl_app.config import Section
-from fl_app.types import Adapter, AdapterRelease, LoraFactors, Merged
+from strategies import products
+from strategies.weighing import Weighed, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fl_app.types import Broadcast, Floats, Upload
-    from strategies.stages import Aggregator, Setting
+    from fl_app.types import Adapter, Broadcast
+    from strategies.stages import Setting
 
 
-class MeanFactors(Section):
+class MeanFactors(Weighed):
     """[server.aggregator] kind = "mean_factors"."""
+
+    one_rank: ClassVar[str] = "averages factor by factor, and factors of different ranks or scalings have no mean"
 
     kind: Literal["mean_factors"]
 
-    def build(self, setting: Setting) -> Aggregator:
-        """Return the stage."""
-        return mean_factors
+    def merge(
+        self, adapters: Sequence[Adapter], shares: Sequence[float], broadcast: Broadcast, setting: Setting
+    ) -> Whole:
+        """Return the mean of the factors, summed in float64.
 
-
-def mean_factors(uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:  # noqa: ARG001 - the protocol's
-    """Return the mean of the factors. Summation is in float64 and in the order of the sites' names."""
-    ordered = sorted(uploads, key=lambda upload: upload.site)
-    adapters = [upload.release.adapter for upload in ordered if isinstance(upload.release, AdapterRelease)]
-    if not adapters:
-        raise ValueError("no adapter to aggregate")
-    lora.check_alike(adapters)
-    layers = {
-        name: LoraFactors(
-            a=_mean([adapter.layers[name].a for adapter in adapters]),
-            b=_mean([adapter.layers[name].b for adapter in adapters]),
-        )
-        for name in sorted(adapters[0].layers)
-    }
-    merged = Adapter(layers=layers, alpha=adapters[0].alpha, base=adapters[0].base)
-    return Merged(adapter=merged, used=tuple(upload.site for upload in ordered))
-
-
-def _mean(parts: Sequence[Floats]) -> Floats:
-    """Return the mean of equal shapes, summed in float64."""
-    return np.asarray(np.mean(np.stack(parts), axis=0, dtype=np.float64), np.float32)
+        Raises: AdapterMismatch where adapters have cores between different factors.
+        """
+        return Whole(adapter=products.by_factor(adapters, lambda parts: products.mean(parts, shares)))

@@ -19,6 +19,10 @@ on drawn factors (576 x 192, r 8, five sites, drift between the sites as large a
 times its size): distance to the common update, in its own lengths, 0.69 for this method, 0.69 for the dense median,
 0.54 for the median cut to rank r, 163 for `mean_factors`. The cut would be worth its price on small maps only.
 
+It takes no `inner`: a median is of single numbers at one place in every upload, so no part of the uploads is chosen
+that another aggregator could add up, and a median of products would need the dense matrices above. Of adapters with
+cores it is the median of the cores, exact in the products, since A and B are common.
+
 Out of scope: a colluding half, and what differs honestly: where sites hold different text a median keeps the common
 part and drops the rest, more than a mean does.
 
@@ -27,13 +31,13 @@ Source: Yin et al. 2018 (1803.01498), option I, on adapters after a local round 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
-from fl_app.types import Adapter, LoraFactors, Merged
+from fl_app.types import Merged
 from strategies import products
 
 if TYPE_CHECKING:
@@ -48,6 +52,9 @@ FEWEST = 3
 
 class MedianFactors(Section):
     """[server.aggregator] kind = "median_factors"."""
+
+    carries: ClassVar[bool] = True
+    one_rank: ClassVar[str] = "adds or orders coordinate by coordinate, and factors of different ranks share none"
 
     kind: Literal["median_factors"]
 
@@ -74,15 +81,7 @@ def median_factors(uploads: Sequence[Upload], broadcast: Broadcast) -> Merged:
             f"outvotes nobody: it takes {FEWEST}. The target of the last round is kept; raise server.network.quorum, "
             "or use mean_factors"
         )
-    first, *_ = adapters.values()
-    layers = {
-        name: LoraFactors(
-            a=_median([adapter.layers[name].a for adapter in adapters.values()]),
-            b=_median([adapter.layers[name].b for adapter in adapters.values()]),
-        )
-        for name in sorted(first.layers)
-    }
-    return Merged(adapter=Adapter(layers=layers, alpha=first.alpha, base=first.base), used=tuple(adapters))
+    return Merged(adapter=products.by_factor(list(adapters.values()), _median), used=tuple(adapters))
 
 
 def _median(parts: Sequence[Floats]) -> Floats:

@@ -27,7 +27,7 @@ from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.noise import SecureNoise, SimulatedNoise
 from fl_app.types import Adapter, AdapterRelease, Broadcast, DpReceipt, Gaussian, LoraFactors, Upload
 from strategies.aggregators.central_dp import CentralDp, PrivateMean, clipped_sum
-from strategies.aggregators.mean_factors import mean_factors
+from strategies.aggregators.mean_factors import MeanFactors
 from strategies.config import ServerSection
 from strategies.stages import Setting
 
@@ -214,7 +214,8 @@ def test_without_noise_and_clip_it_is_the_mean_it_wraps(tmp_path: Path) -> None:
 
     merged = _silent(tmp_path, clip_norm=64.0)(uploads, _broadcast())
 
-    np.testing.assert_allclose(_flat(merged.adapter), _flat(mean_factors(uploads, _broadcast()).adapter), atol=1e-4)
+    mean = MeanFactors(kind="mean_factors").build(_setting(tmp_path))
+    np.testing.assert_allclose(_flat(merged.adapter), _flat(mean(uploads, _broadcast()).adapter), atol=1e-4)
 
 
 # --- the divisor is public
@@ -536,7 +537,7 @@ def test_only_a_sum_of_factors_can_be_wrapped(kind: str) -> None:
         ({"noise_multiplier": 0.0}, "noise_multiplier = '0.0'"),
         ({"noise_multiplier": math.inf}, "noise_multiplier = 'inf'"),
         ({"delta": 1.0}, "delta = '1.0'"),
-        ({"trains": "a"}, "trains = 'a'"),
+        ({"trains": "c"}, "trains = 'c'"),
         ({"ledger": "/kept/ledger.jsonl"}, "name the cohort"),
         ({"ledger": "kept.jsonl", "cohort": "clinics"}, "'kept.jsonl' is no absolute path"),
         ({"clip": 1.0}, "unknown key server.aggregator.clip (did you mean 'clip_norm'?)"),

@@ -25,8 +25,8 @@ from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
 from fl_app.types import Adapter, AdapterRelease, Broadcast, LoraFactors, Upload
 from strategies.aggregators import AnyAggregator
 from strategies.aggregators.krum_product import KrumProduct, scores
-from strategies.aggregators.mean_factors import mean_factors
-from strategies.aggregators.mean_product import mean_product
+from strategies.aggregators.mean_factors import MeanFactors
+from strategies.aggregators.mean_product import MeanProduct
 from strategies.aggregators.median_factors import median_factors
 from strategies.config import read_server
 from strategies.stages import Setting
@@ -55,6 +55,9 @@ ROBUST: tuple[dict[str, Any], ...] = (
 EVERY = pytest.mark.parametrize(
     "options", ROBUST, ids=lambda options: "-".join(str(value) for value in options.values())
 )
+SETTING = Setting(run="run", mode="simulation", seed=0, rounds=1, sites=9, directory=Path("unused"))
+MEAN_FACTORS = MeanFactors(kind="mean_factors").build(SETTING)
+MEAN_PRODUCT = MeanProduct(kind="mean_product").build(SETTING)
 ATTACKS = {
     "x100": lambda own, start: _moved(own, start, 100.0),
     "flipped": lambda own, start: _moved(own, start, -1.0),
@@ -240,7 +243,7 @@ def test_updates_within_the_bound_give_the_mean_of_the_products() -> None:
 
     merged = _merge({"kind": "bounded_mean_product", "bound": 1e6}, adapters).adapter
 
-    assert lora.sha256(merged) == lora.sha256(mean_product(_uploads(adapters), _broadcast()).adapter)
+    assert lora.sha256(merged) == lora.sha256(MEAN_PRODUCT(_uploads(adapters), _broadcast()).adapter)
 
 
 def test_sites_that_did_not_move_leave_the_broadcast() -> None:
@@ -435,7 +438,7 @@ def test_the_plain_mean_goes_beyond_every_one_of_those_bounds(options: dict[str,
     attacked = [ATTACKS[attack](honest[0], START), *honest[1:]]
 
     moved = _apart(
-        mean_factors(_uploads(honest), _broadcast()).adapter, mean_factors(_uploads(attacked), _broadcast()).adapter
+        MEAN_FACTORS(_uploads(honest), _broadcast()).adapter, MEAN_FACTORS(_uploads(attacked), _broadcast()).adapter
     )
 
     assert moved > 10 * _stated_bound(options, honest)

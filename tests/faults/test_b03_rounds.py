@@ -42,7 +42,7 @@ from fl_app.types import (
 )
 from simulations.local_grid import FIRST_NODE, LocalGrid
 from strategies import cohort
-from strategies.aggregators.mean_factors import mean_factors
+from strategies.aggregators.mean_factors import MeanFactors
 from strategies.checkpoint import Checkpoint
 from strategies.config import NetworkSection
 from strategies.exam import Exam
@@ -50,7 +50,7 @@ from strategies.knowledge import Knowledge
 from strategies.pipeline import Pipeline
 from strategies.ranks import Ranks, SameRank
 from strategies.spending import Spending
-from strategies.stages import Stages
+from strategies.stages import Setting, Stages
 from tests.faults.hostile import read
 from tests.faults.writer import Writer
 
@@ -240,7 +240,9 @@ def _knowledge(directory: Path, quorum: float, rounds: int = ROUNDS) -> Knowledg
         spec=SPEC,
         lab=cast("Any", lab),
         stages=Stages(
-            aggregator=mean_factors,
+            aggregator=MeanFactors(kind="mean_factors").build(
+                Setting(run="faults", mode="simulation", seed=0, rounds=1, sites=1, directory=directory)
+            ),
             synthesizer=Writer(_synthesise),
             filters=(),
             distiller=_distil,

@@ -24,7 +24,8 @@ from fl_app.types import AdapterRelease, Broadcast, Gaussian, Upload
 from simulations import launch
 from simulations.progress import final_table, follow
 from simulations.report.page import build_report
-from strategies.aggregators.mean_factors import mean_factors
+from strategies.aggregators.mean_factors import MeanFactors
+from strategies.stages import Setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,7 +150,9 @@ def test_the_merged_adapter_is_not_the_mean_that_the_server_saw(private: tuple[d
         Upload(site=site, round=2, release=AdapterRelease(adapter=peft_files.load(place)), receipts=None, spent=0.0)
         for site, place in ((site, folder / "releases" / site) for site in SITES)
     ]
-    mean = mean_factors(uploads, Broadcast(run="private", round=2, adapter=start, config_digest="")).adapter
+    setting = Setting(run="private", mode="simulation", seed=0, rounds=2, sites=len(SITES), directory=private[1])
+    stage = MeanFactors(kind="mean_factors").build(setting)
+    mean = stage(uploads, Broadcast(run="private", round=2, adapter=start, config_digest="")).adapter
     merged = peft_files.load(folder / "merged")
     added = np.concatenate(
         [

@@ -26,7 +26,8 @@ from fl_app.errors import RoundFailed
 from fl_app.journal import read_lines
 from simulations import launch
 from strategies import cohort, collected
-from strategies.aggregators.mean_factors import mean_factors
+from strategies.aggregators.mean_factors import MeanFactors
+from strategies.stages import Setting
 from strategies.validate import Rejection
 
 if TYPE_CHECKING:
@@ -275,7 +276,9 @@ def test_merged_is_the_mean_of_the_releases(first: Told) -> None:
     answered = Broadcast(
         run="first", round=2, adapter=peft_files.load(first.directory / "rounds/1/target"), config_digest=""
     )
-    assert lora.sha256(mean_factors(uploads, answered).adapter) == first.summary["hashes"]["round_2/merged"]
+    setting = Setting(run="first", mode="simulation", seed=0, rounds=2, sites=len(SITES), directory=first.directory)
+    stage = MeanFactors(kind="mean_factors").build(setting)
+    assert lora.sha256(stage(uploads, answered).adapter) == first.summary["hashes"]["round_2/merged"]
     assert lora.sha256(peft_files.load(folder / "merged")) == first.summary["hashes"]["round_2/merged"]
 
 

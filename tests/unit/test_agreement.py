@@ -7,10 +7,11 @@ from typing import Any, get_args
 import pytest
 
 from clients.learners import AnyLearner
-from fl_app.config import parse
+from fl_app.config import parse, read_tree
 from fl_app.errors import ConfigInvalid
 from fl_app.types import ReleaseSpec
 from strategies import agreement
+from strategies.config import read_server
 from strategies.distillers.professional import Professional
 from strategies.synthesizers import AnySynthesizer
 from strategies.synthesizers.control_codes import ControlCodes
@@ -80,3 +81,43 @@ def test_a_task_is_not_rehearsed_as_a_draft() -> None:
     agreement.check_task(Professional(kind="professional"), Sft(kind="sft", rehearse=0.5))
     with pytest.raises(ConfigInvalid, match=r"server\.tuner\.rehearse = 0\.5 would write the task"):
         agreement.check_task(asked, Sft(kind="sft", rehearse=0.5))
+
+
+# --- what is carried from round to round
+
+
+def served(*overrides: str) -> Any:
+    return read_server(read_tree("configs/federated.toml", "\n".join(['server.exam.path="x"', *overrides])))
+
+
+MIXED = 'server.ranks={kind="listed", ranks={"site-0"=2}}'
+CORE = 'client.learner={kind="dp_lora_sb", steps=1}'
+WRITES = 'server.synthesizer={kind="control_codes", codes="", drafts=4}'
+CENTRAL = (
+    '{kind="central_dp", inner={kind="mean_factors"}, clip_norm=1.0, noise_multiplier=1.0, epsilon=8.0, delta=1e-5}'
+)
+
+
+def test_the_common_configuration_of_all_methods_agrees() -> None:
+    assert served().carries == "merged"
+    assert served(MIXED, 'server.aggregator={kind="stacked"}').ranks.kind == "listed"
+    assert served(CORE).synthesizer.kind == "no_drafts"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (('server.synthesizer={kind="zero_shot", codes="", drafts=4}',), "asks them for none"),
+        (('server.aggregator={kind="mean_product"}',), "'mean_product' grows in rank and cannot be trained on"),
+        ((MIXED,), r"'mean_factors' averages factor by factor.*; use stacked"),
+        ((MIXED, 'server.aggregator={kind="residual"}'), "'residual' starts from the mean of the factors"),
+        ((MIXED, 'server.aggregator={kind="median_factors"}'), "'median_factors' adds or orders coordinate"),
+        ((MIXED, f"server.aggregator={CENTRAL}"), "'central_dp' adds or orders coordinate"),
+        ((CORE, WRITES), "a tuner would move them"),
+        ((CORE, 'server.carries="target"'), "a tuner would move them"),
+        ((CORE, 'server.aggregator={kind="residual"}'), "'residual' takes none: .*; use mean_factors"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_before_any_site_is_asked(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigInvalid, match=message):
+        served(*overrides)

@@ -263,3 +263,49 @@ def test_whatever_a_file_says_only_config_invalid_is_raised(tree: dict[str, Any]
 def test_parse_names_what_is_no_table() -> None:
     with pytest.raises(ConfigInvalid, match=r"here = '3'"):
         parse(SharedConfig, 3, where="here")  # type: ignore[arg-type]
+
+
+# --- a file on top of another
+
+
+def on_top(
+    tmp_path: Path, above: str, below: str = '[run]\nrounds = 2\n[client.learner]\nkind = "x"\nsteps = 1\n'
+) -> Any:
+    (tmp_path / "below.toml").write_text(below, encoding="utf-8")
+    (tmp_path / "above.toml").write_text(f'extends = "{tmp_path}/below.toml"\n{above}', encoding="utf-8")
+    return read_tree(str(tmp_path / "above.toml"))
+
+
+def test_a_file_says_only_what_is_different(tmp_path: Path) -> None:
+    tree = on_top(tmp_path, "[run]\nseed = 3\n[client.learner]\nsteps = 9\n")
+
+    assert tree == {"run": {"rounds": 2, "seed": 3}, "client": {"learner": {"kind": "x", "steps": 9}}}
+
+
+def test_a_table_of_another_kind_is_another_table(tmp_path: Path) -> None:
+    """Keys of the former kind would be unknown to the new one."""
+    assert on_top(tmp_path, '[client.learner]\nkind = "y"\n')["client"]["learner"] == {"kind": "y"}
+    assert on_top(tmp_path, '[client.learner]\nkind = "x"\n')["client"]["learner"] == {"kind": "x", "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("above", "below", "message"),
+    [
+        ("", 'extends = "x.toml"\n', "extends another file itself"),
+        ("[nowhere]\nx = 1\n", "", r"unknown table \[nowhere\]"),
+        ("", "run = 3\n", r"\[run\] is a value, not a table"),
+        ("", "run =", "is not TOML"),
+    ],
+)
+def test_what_cannot_be_put_on_top_is_named(tmp_path: Path, above: str, below: str, message: str) -> None:
+    with pytest.raises(ConfigInvalid, match=message):
+        on_top(tmp_path, above, below)
+
+
+def test_what_it_extends_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "above.toml").write_text('extends = "nowhere.toml"\n', encoding="utf-8")
+    with pytest.raises(ConfigInvalid, match=r"no configuration at .*nowhere\.toml"):
+        read_tree(str(tmp_path / "above.toml"))
+    (tmp_path / "above.toml").write_text("extends = 3\n", encoding="utf-8")
+    with pytest.raises(ConfigInvalid, match=r"extends = '3' is no path"):
+        read_tree(str(tmp_path / "above.toml"))
