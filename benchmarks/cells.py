@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMOLLM = {"model": "smollm2-135m-instruct", "dtype": "bfloat16", "first_layer": 20}
-"""The real model of the tables, and the decoder block from which on it is adapted."""
+REAL_MODEL, REAL_DTYPE = "smollm2-135m-instruct", "bfloat16"
+FIRST_LAYER = 20
+"""The decoder block from which on the real model is adapted."""
 LOG_END = 400
 """Characters of a failed cell's log that its line keeps."""
 

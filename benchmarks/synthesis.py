@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from cells import DATA, ROOT, SMOLLM, TARGETS, Table, lines, play, write_lines, write_tree
+from cells import DATA, FIRST_LAYER, REAL_DTYPE, REAL_MODEL, ROOT, TARGETS, Table, lines, play, write_lines, write_tree
 
 from fl_app.privacy.accountants import pld
 from fl_app.types import BoundedRange, DpReceipt
@@ -298,8 +298,8 @@ def write_config(cell: Cell, folder: Path) -> Path:
         exam["path"] = str(WORK / "formulary" / "exam.jsonl")
     tree: dict[str, Any] = {
         "run": {"rounds": 1, "seed": cell.seed, "mode": "simulation"},
-        "model": {"name": SMOLLM["model"], "dtype": SMOLLM["dtype"]},
-        "lora": {"rank": 8, "alpha": 16.0, "targets": TARGETS, "first_layer": SMOLLM["first_layer"]},
+        "model": {"name": REAL_MODEL, "dtype": REAL_DTYPE},
+        "lora": {"rank": 8, "alpha": 16.0, "targets": TARGETS, "first_layer": FIRST_LAYER},
         "client": {"learner": learner, "probe": {"items": 0}},
         "server": {
             "threads": 1,
