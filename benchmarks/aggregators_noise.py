@@ -23,7 +23,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
@@ -52,25 +52,24 @@ DEVIATION = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A method: the factors that take noise, what its a is, and how its uploads are summed."""
+    """A method: the factors that take noise, and how its uploads are summed. Every a is orthonormal."""
 
     name: str
     noisy: tuple[Factor, ...]
-    init: Literal["uniform", "orthonormal"]
     sums: MeanFactors | Residual = FACTORS
 
 
 CASES = (
-    Case(name="factors averaged", noisy=("a", "b"), init="uniform"),
-    Case(name="products averaged", noisy=("a", "b"), init="uniform", sums=PRODUCTS),
-    Case(name="b alone", noisy=("b",), init="orthonormal"),
-    Case(name="cores", noisy=("core",), init="orthonormal"),
+    Case(name="factors averaged", noisy=("a", "b")),
+    Case(name="products averaged", noisy=("a", "b"), sums=PRODUCTS),
+    Case(name="b alone", noisy=("b",)),
+    Case(name="cores", noisy=("core",)),
 )
 
 
-def started(case: Case, spec: LoraSpec, rng: np.random.Generator) -> Adapter:
+def started(spec: LoraSpec, rng: np.random.Generator) -> Adapter:
     """Return an adapter in the middle of training: b, or the core, is as large as a."""
-    fresh = lora.initial(spec, rng, case.init)
+    fresh = lora.initial(spec, rng, "orthonormal")
     layers: dict[str, LoraFactors] = {}
     for name, one in fresh.layers.items():
         told = {"core": np.eye(spec.rank, dtype=np.float32)} if one.core is not None else {}
@@ -145,7 +144,7 @@ def main() -> int:
         for sites in (1, SITES):
             for case in CASES:
                 rng = stream(0, "noise energy", corpus, sites, case.name)
-                start = started(case, dataclasses.replace(spec, core="core" in case.noisy), rng)
+                start = started(dataclasses.replace(spec, core="core" in case.noisy), rng)
                 drawn = energy(case, start, sites, rng)
                 rows.append(
                     {
