@@ -230,7 +230,7 @@ def round_at(bench: Bench, which: str, seed: int, name: str, section: Any, epsil
         unit="record",
     )
     multiplier = math.inf
-    learner = section.build()
+    learner = section.build(1)
     if learner.private:
         multiplier = calibrate.noise_multiplier(
             [],

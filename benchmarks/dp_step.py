@@ -165,7 +165,7 @@ def own_plain_step(bench: Bench) -> Callable[[], None]:
     optimizer = optimizer_of(bench.model)
     tokens = sum(len(row.ids) for row in bench.rows)
 
-    def sink(layer: Any, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
+    def sink(layer: Any, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any, *_: Any) -> None:
         layer.a.grad = (u_BTr.flatten(0, 1).t() @ x_BTI.flatten(0, 1)).float()
         layer.b.grad = (slope_BTO.flatten(0, 1).t() @ low_BTr.flatten(0, 1)).float()
 

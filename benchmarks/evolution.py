@@ -82,7 +82,7 @@ def played(lab: Lab, section: PrivateEvolution, sites: Any, held: Floats, embed:
     assert start is not None
     with tempfile.TemporaryDirectory() as folder:
         lab.directory = Path(folder)
-        evolve, learner = section.build(lab), PeVotes.model_validate(args.learner).build()
+        evolve, learner = section.build(lab), PeVotes.model_validate(args.learner).build(1)
         assert isinstance(learner, VoteCounter)
         told = PublicConstants(sample_rate=1.0, expected_batch=1, max_tokens=64, max_rows_per_unit=1, unit="record")
         near: list[float] = []

@@ -66,7 +66,7 @@ def _timed(work: Callable[[], Any]) -> float:
 def measure() -> dict[str, Any]:
     """Return the figures of one machine."""
     spec = _shape()
-    cap = read_cap({"kind": "dp_lora", "steps": STEPS})
+    cap = read_cap({"kind": "dp_lora", "steps": STEPS}).of_round(1)
     asked = Broadcast(run="run", round=1, adapter=lora.initial(spec, np.random.default_rng(0)), config_digest="d" * 64)
     site = Hello(site="mill", epsilon=8.0, delta=DELTA, unit="record", spent=0.0)
     first_receipt = _timed(lambda: pld.epsilon([RECEIPT], DELTA))

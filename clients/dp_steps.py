@@ -1,11 +1,15 @@
-"""DP-AdamW on LoRA factors: the steps that every private adapter learner takes; learners say which factors move.
+"""DP-AdamW on LoRA factors: the steps that every private adapter learner takes; learners say which factors move when.
 
     sample units -> clipped sum -> noise on the sum -> public normaliser -> AdamW
 
-Per step: Poisson-sample units at the public rate, clip each one's gradient jointly over all trained factors, add
+Per step: Poisson-sample units at the public rate, clip each one's gradient jointly over all active factors, add
 Gaussian noise to the sum, divide by the public expected batch, take an AdamW step. The number of steps is a public
 constant; an empty sample is a step of noise alone. Optimizer state is fresh in every round and made of noised
 gradients only; nothing else of a step leaves this function.
+
+Which factors are active is public (`fl_app.factors`). A factor that is not gets no gradient, so no share of the clip,
+no noise, no decay, and its optimizer state does not move. The receipt is the same whichever they are: the noise is as
+large as the clip norm says in every coordinate, and how many coordinates there are does not enter it.
 
 A privacy unit that is a column with up to k rows is sampled as a whole, and each of its rows is clipped to C / k:
 the unit's contribution stays within C.
@@ -18,28 +22,28 @@ the public normaliser and step count, which theirs derive from the data, and in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from clients.per_example import Engine, clipped_sum, trained
 from clients.units import Learns, encoded_units
-from fl_app import lora, sequences
+from fl_app import factors, lora, sequences
 from fl_app.config import Section
-from fl_app.errors import PolicyRefusal
+from fl_app.errors import AdapterMismatch, PolicyRefusal
 from fl_app.privacy import gaussian
 from fl_app.types import AdapterRelease, DpReceipt, PoissonGaussian
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from clients.per_example import RowLosses
     from clients.private_rows import PrivateRows
     from clients.stages import PublicConstants, Workbench
     from fl_app.sequences import TokenSequence
-    from fl_app.types import Adapter, ReleaseKind
+    from fl_app.types import Adapter, Factor, Floats, ReleaseKind, Schedule
 
 
 class DpStepsSection(Section):
@@ -86,14 +90,19 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpAdapterLearner:
-    """A `Learner` that moves the factors named by `trains` and leaves the others as they came, to the bit.
+    """A `Learner` that moves the factors of a `schedule` in a round and leaves the others as they came, to the bit.
 
+    `b_learning_rate_factor` is how much faster b learns than the others. `finish` is what becomes of each noised
+    gradient before AdamW sees it; it sees nothing else, so it is post-processing.
     `guide` gives what else it goes by; without it, the loss is that of the rows' own words. `ready` raises when
     something it needs is not here; it is asked before a receipt is announced, so that nothing is reserved in vain.
     """
 
     section: DpStepsSection
-    trains: tuple[Literal["a", "b"], ...]
+    schedule: Schedule
+    round_number: int
+    b_learning_rate_factor: float = 1.0
+    finish: Callable[[Floats], Floats] | None = None
     guide: Callable[[Adapter, Workbench], Guidance] | None = None
     ready: Callable[[], None] | None = None
     release_kind: ReleaseKind = "adapter"
@@ -142,9 +151,7 @@ class DpAdapterLearner:
         units = encoded_units(rows, self.section.learns, constants, bench)
         if guidance:
             guidance.meet([example for unit in units for example in unit])
-        model = lora.attach(bench.model, start)
-        for name, weight in lora.parameters(model).items():
-            weight.requires_grad_(name.rsplit(".", 1)[-1] in self.trains)
+        model = lora.attach(bench.model, start, bench.blocks, keep_cores=True)
         self._descend(model, units, event, constants, bench, guidance)
         del units
         return AdapterRelease(adapter=lora.read(model, alpha=start.alpha, base=start.base))
@@ -161,14 +168,17 @@ class DpAdapterLearner:
         """Take the receipt's steps."""
         import torch
 
-        weights = trained(model)
+        weights = select(model, factors.moved(self.schedule, self.round_number))
         first_block = sequences.first_adapted_block(weights)
         keeps = not (guidance and guidance.rewrites) and sequences.can_be_cut(model, first_block)
         frozen = sequences.FrozenPrefix(first_block=first_block) if keeps else None
         optimizer = torch.optim.AdamW(
-            weights.values(), lr=self.section.learning_rate, weight_decay=self.section.weight_decay, fused=True
+            groups(weights, self.section.learning_rate, self.b_learning_rate_factor),
+            weight_decay=self.section.weight_decay,
+            fused=True,
         )
         for step in range(event.steps):
+            weights = select(model, factors.active(self.schedule, self.round_number, step))
             sampled = bench.noise.poisson_sample(len(units), event.sample_rate)
             examples: Sequence[TokenSequence] = [example for index in sampled for example in units[int(index)]]
             summed = clipped_sum(
@@ -186,5 +196,31 @@ class DpAdapterLearner:
             )
             del sampled, examples, summed
             for weight, total in zip(weights.values(), noisy, strict=True):
-                weight.grad = torch.from_numpy((total / constants.expected_batch).astype(np.float32))
+                mean = (total / constants.expected_batch).astype(np.float32)
+                weight.grad = torch.from_numpy(self.finish(mean) if self.finish else mean)
             optimizer.step()
+            optimizer.zero_grad()
+
+
+def select(model: Any, active: Sequence[Factor]) -> dict[str, Any]:
+    """Let the active factors of an attached adapter ask for a gradient, and no others; return them by name.
+
+    Raises: AdapterMismatch when there are none: cores, of an adapter that has none.
+    """
+    for name, weight in lora.parameters(model).items():
+        weight.requires_grad_(name.rsplit(".", 1)[-1] in active)
+    found = trained(model)
+    if not found:
+        raise AdapterMismatch(f"the adapter has no {', '.join(active)} to train; Fed-SB needs one with cores")
+    return found
+
+
+def groups(weights: Mapping[str, Any], learning_rate: float, b_factor: float) -> list[dict[str, Any]]:
+    """Return the parameters for an optimizer, b with a learning rate of its own where it has one."""
+    if b_factor == 1:
+        return [{"params": list(weights.values()), "lr": learning_rate}]
+    found = [
+        {"params": [weight for name, weight in weights.items() if name.endswith(".b") == b], "lr": rate}
+        for b, rate in ((False, learning_rate), (True, learning_rate * b_factor))
+    ]
+    return [group for group in found if group["params"]]

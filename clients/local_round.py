@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from clients import gate, outbox, spending
+from clients.drawer import SiteDrawer
+from clients.learners.dp_fedsa_lora import DpFedsaLora, personal
 from clients.private_rows import read_private_rows
 from clients.site import Site, public_head
 from clients.stages import Workbench
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from fl_app.models import FrozenModel
     from fl_app.privacy.ledger import Ledger
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Broadcast, RefusalCode, Release
+    from fl_app.types import Adapter, Broadcast, RefusalCode, Release
 
 ReplyT = TypeVar("ReplyT")
 
@@ -118,6 +120,8 @@ def hello(site: Site) -> Hello:
 def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     """Return the broadcast model's bits per byte on the public control codes that lie beside the rows.
 
+    Where sites keep a b of their own (`dp_fedsa_lora`) it is this site's own model that is scored.
+
     Public text only: it costs nothing, and a site answers it also when its budget is spent.
     """
     policy = site.policy
@@ -125,7 +129,10 @@ def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     if not texts:
         return Probe(site=policy.site.name, round=broadcast.round, items=0, bits_per_byte=0.0)
     frozen = models.load(settings.shared.model.name, settings.shared.model.dtype)
-    model = lora.attach(frozen, broadcast.adapter, broadcast.blocks)
+    adapter = broadcast.adapter
+    if isinstance(settings.asked.learner, DpFedsaLora):
+        adapter = personal(adapter, _drawer(site, broadcast.named).latest(broadcast.round + 1))
+    model = lora.attach(frozen, adapter, broadcast.blocks)
     rows = inference.option_likelihood(model, frozen.tokenizer, [""] * len(texts), [[text] for text in texts])
     bits = -sum(row[0].log_prob for row in rows) / math.log(2)
     per_byte = bits / sum(row[0].bytes for row in rows)
@@ -140,7 +147,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     shared, asked = settings.shared, settings.asked
     policy = site.policy
     site.note_policy(policy)
-    learner = _within(asked.learner, policy).build()
+    learner = _within(asked.learner, policy).build(broadcast.round)
     survey = asked.survey.build() if asked.survey else None
     gate.check(
         policy,
@@ -202,9 +209,14 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         system=shared.model.system,
         material=broadcast.material,
         secret=_secret(policy, shared, ledger),
+        blocks=broadcast.blocks,
+        run=broadcast.run,
+        site=policy.site.name,
+        drawer=_drawer(site, broadcast.run),
     )
     constants = policy.public_constants()
-    release = _as_it_travels(learner(rows, broadcast.adapter, cost.every, constants, bench), sent(settings, broadcast))
+    release = learner(rows, broadcast.adapter, cost.every, constants, bench)
+    release = _as_it_travels(release, sent(settings, broadcast), broadcast.adapter)
     surveyed = survey(rows, constants, bench) if survey and cost.surveys else None
     del rows, bench
     note("trained", ledger_seq=reservation.seq)
@@ -256,15 +268,14 @@ def sent(settings: Settings, broadcast: Broadcast) -> ReleaseSpec:
     learner = settings.asked.learner
     if learner.kind not in factors.KINDS:
         return ReleaseSpec()
-    told = factors.sent(learner.model_dump(), broadcast.round)
-    return ReleaseSpec(factors=told, precision=settings.shared.lora.upload_precision)
+    return factors.travels(learner.model_dump(), broadcast.round, settings.shared.lora.upload_precision)
 
 
-def _as_it_travels(release: Release, told: ReleaseSpec) -> Release:
+def _as_it_travels(release: Release, told: ReleaseSpec, start: Adapter) -> Release:
     """Return the release as the server will read it, so that both sides keep and hash the same numbers."""
     if not isinstance(release, AdapterRelease) or release.scalars is not None:
         return release
-    return dataclasses.replace(release, adapter=transport.rounded(release.adapter, told.factors, told.precision))
+    return dataclasses.replace(release, adapter=transport.rounded(release.adapter, told.factors, told.precision, start))
 
 
 def _check_whole(site: Site, ledger: Ledger, broadcast: Broadcast) -> None:
@@ -335,6 +346,11 @@ def _secret(policy: SitePolicy, shared: SharedConfig, ledger: Ledger) -> bytes:
     if shared.run.mode == "simulation":
         return stream(shared.run.seed, "secret", policy.site.name).bytes(32)
     return ledger.secret()
+
+
+def _drawer(site: Site, run: str) -> SiteDrawer:
+    """Return where this site keeps what it does not share of a run, by the run's name in ledger and outbox."""
+    return SiteDrawer(directory=site.directory / "personal" / outbox.folder_name(run))
 
 
 def _code(error: StillroomError) -> RefusalCode:

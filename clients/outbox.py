@@ -133,8 +133,13 @@ def check_witnesses(outbox: Path, entries: Sequence[Entry]) -> None:
 
 
 def _place(outbox: Path, run: str, round_number: int) -> Path:
-    """Return the directory of a release; a run whose name is no plain folder name gets a hash behind what is left."""
+    """Return the directory of a release."""
+    return outbox / folder_name(run) / f"round-{round_number}"
+
+
+def folder_name(run: str) -> str:
+    """Return the name of a run's folder; one that is no plain folder name gets a hash behind what is left of it."""
     safe = "".join(c if (c.isascii() and c.isalnum()) or c in "-_" else "_" for c in run)[:80]
     if safe != run:
         safe += "." + hashlib.sha256(run.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return outbox / safe / f"round-{round_number}"
+    return safe

@@ -96,7 +96,7 @@ def forecast(site: Site, shared: SharedConfig, asked: ClientSection, config_dige
     """
     policy = site.policy
     privacy = policy.privacy
-    learner = asked.learner.build()
+    learner = asked.learner.build(1)
     refusals: list[str] = []
     base = ""
     try:

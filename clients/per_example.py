@@ -12,7 +12,7 @@ bfloat16 alike, with one or two torch threads (with others see `fl_app.kernels`)
 Two engines, one result: `fused` is ours, `opacus` (GradSampleModule hooks, `wrap_model=False`) is the reference.
 
 Legend of shapes: B = rows of a micro-batch, T = padded length, I and O = inputs and outputs of a map, r = rank,
-P = trained coordinates; a factor b (O, r) is kept transposed, (r, O), until the end.
+P = trained coordinates; a factor b (O, r) is kept transposed, (r, O), until the end; a core is (r, r).
 Source: Goodfellow 2015 (1510.01799) for the outer product; Abadi et al. 2016 (1607.00133) for clip and sum.
 """
 
@@ -111,9 +111,42 @@ def plain_sum(
     return layout.split(total_P)
 
 
+def row_losses(
+    model: Any,
+    examples: Sequence[TokenSequence],
+    *,
+    max_batch_tokens: int,
+    pad_id: int,
+    frozen: FrozenPrefix | None = None,
+) -> npt.NDArray[np.float64]:
+    """Return each example's own loss, in the order of `examples`. Shape: (examples,).
+
+    Guarantee: an example's loss has the same bits in every company, as gradients have in `clipped_sum`.
+    """
+    import torch
+
+    def losses_of(batch: MicroBatch, frozen: FrozenPrefix | None) -> Any:
+        with torch.no_grad():
+            return sequences.example_losses(model, batch, frozen)
+
+    found = np.zeros(len(examples))
+    layout = _Layout.of(model)
+    with lora_linear.fused(model, _no_sink):
+        apart = _rows_keep_apart(model, layout, losses_of, max_batch_tokens, "losses")
+        for batch in sequences.isolated_batches(
+            examples, max_batch_tokens=max_batch_tokens if apart else 1, pad_id=pad_id
+        ):
+            found[list(batch.rows)] = losses_of(batch, frozen).double().numpy()
+    return found
+
+
+def _no_sink(*_: Any) -> None:
+    raise AssertionError("a loss has no backward pass")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """Where each trained factor lies in a flat vector of P coordinates. Shapes: name -> ((r, I) or (r, O))."""
+    """Where each trained factor lies in a flat vector of P coordinates. Shapes: name -> (r, I), (r, O) or (r, r)."""
 
     shapes: dict[str, tuple[int, int]]
     starts: dict[str, int]
@@ -122,7 +155,7 @@ class _Layout:
     @classmethod
     def of(cls, model: Any) -> _Layout:
         """Return the layout of the trained factors. Raises: ValueError when nothing is trained."""
-        shapes = {name: tuple(w.shape if name.endswith(".a") else w.t().shape) for name, w in trained(model).items()}
+        shapes = {name: tuple(w.t().shape if name.endswith(".b") else w.shape) for name, w in trained(model).items()}
         if not shapes:
             raise ValueError("no factor asks for a gradient: there is nothing to learn")
         ends = np.cumsum([rows * columns for rows, columns in shapes.values()])
@@ -130,17 +163,17 @@ class _Layout:
         return cls(shapes=shapes, starts=starts, size=int(ends[-1]))
 
     def part(self, flat: Any, name: str) -> Any:
-        """Return a factor's view of flat vectors. Shapes: flat (B, P) -> (B, r, I or O)."""
+        """Return a factor's view of flat vectors. Shapes: flat (B, P) -> (B, r, I, O or r)."""
         rows, columns = self.shapes[name]
         start = self.starts[name]
         return flat[:, start : start + rows * columns].view(flat.shape[0], rows, columns)
 
     def split(self, flat_P: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
-        """Return the factors' own arrays, b transposed back. Shapes: (P,) -> a (r, I), b (O, r)."""
+        """Return the factors' own arrays, b transposed back. Shapes: (P,) -> a (r, I), b (O, r), core (r, r)."""
         parts: list[npt.NDArray[np.float64]] = []
         for name, shape in self.shapes.items():
             part = flat_P[self.starts[name] : self.starts[name] + shape[0] * shape[1]].reshape(shape)
-            parts.append(part if name.endswith(".a") else np.ascontiguousarray(part.T))
+            parts.append(np.ascontiguousarray(part.T) if name.endswith(".b") else part)
         return tuple(parts)
 
 
@@ -157,8 +190,11 @@ def _rows_keep_apart(
     config = model.get_base_model().config
     dtype = str(model.get_input_embeddings().weight.dtype)
     attention = str(getattr(config, "_attn_implementation", ""))
-    under = {name: tuple(weight.shape) for name, weight in lora.parameters(model, place=lora.BLOCKS).items()}
-    shape = (config.to_json_string(), str(layout.shapes), str(under))
+    carried = [
+        {name: tuple(weight.shape) for name, weight in lora.parameters(model, place=where).items()}
+        for where in (lora.ADAPTER, lora.BLOCKS)
+    ]
+    shape = (config.to_json_string(), str(layout.shapes), str(carried))
     place = (*shape, dtype, attention, how, max_batch_tokens, torch.get_num_threads())
     verdicts = _verdicts()
     if place not in verdicts:
@@ -227,8 +263,8 @@ def _fused_gradients(model: Any, layout: _Layout, losses: RowLosses | None) -> G
     buffer = torch.empty(0, layout.size)
     seen: set[str] = set()
 
-    def sink(layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
-        for name, left_BTr, right in ((f"{layer.name}.a", u_BTr, x_BTI), (f"{layer.name}.b", low_BTr, slope_BTO)):
+    def sink(layer: LoraLayer, *parts: Any) -> None:
+        for name, left_BTr, right in _pairs(layer, *parts):
             if name in layout.shapes:
                 _products_into(layout.part(buffer, name), left_BTr.transpose(1, 2), right, add=name in seen)
                 seen.add(name)
@@ -255,8 +291,8 @@ def _summed_gradients(model: Any, layout: _Layout) -> Generator[Callable[[MicroB
 
     total_1P = torch.zeros(1, layout.size)
 
-    def sink(layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
-        for name, left_BTr, right in ((f"{layer.name}.a", u_BTr, x_BTI), (f"{layer.name}.b", low_BTr, slope_BTO)):
+    def sink(layer: LoraLayer, *parts: Any) -> None:
+        for name, left_BTr, right in _pairs(layer, *parts):
             if name in layout.shapes:
                 layout.part(total_1P, name)[0].add_(left_BTr.flatten(0, 1).t() @ right.flatten(0, 1))
 
@@ -268,6 +304,14 @@ def _summed_gradients(model: Any, layout: _Layout) -> Generator[Callable[[MicroB
 
     with lora_linear.fused(model, sink):
         yield gradient_of
+
+
+def _pairs(
+    layer: LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any, core: tuple[Any, Any] | None = None
+) -> list[tuple[str, Any, Any]]:
+    """Return (factor, left, right) with the factor's gradient, kept as `_Layout` keeps it, left_i' right_i of row i."""
+    pairs = [(f"{layer.name}.a", u_BTr, x_BTI), (f"{layer.name}.b", low_BTr, slope_BTO)]
+    return pairs if core is None else [*pairs, (f"{layer.name}.core", *core)]
 
 
 def _products_into(target_BrI: Any, left_BrT: Any, right_BTI: Any, *, add: bool) -> None:
@@ -303,7 +347,7 @@ def _opacus_gradients(model: Any, layout: _Layout, losses: RowLosses | None) -> 
         gradient_BP = torch.empty(batch.ids_BT.shape[0], layout.size)
         for name, weight in weights.items():
             sample = weight.grad_sample.detach()
-            layout.part(gradient_BP, name).copy_(sample if name.endswith(".a") else sample.transpose(1, 2))
+            layout.part(gradient_BP, name).copy_(sample.transpose(1, 2) if name.endswith(".b") else sample)
             weight.grad_sample = None
             weight.grad = None
         return gradient_BP

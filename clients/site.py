@@ -1,7 +1,7 @@
 """A site as a place: one directory, its policy, its ledger, its logs; and what of it others may read.
 
     rows.jsonl  codes.jsonl  site.toml      what the data holder puts there
-    ledger/  outbox/  audit.jsonl  site.log   what the rounds leave there, for the owner alone (0700, 0600)
+    ledger/  outbox/  personal/  audit.jsonl  site.log  what the rounds leave there, for the owner alone (0700, 0600)
     received/                               the last broadcast, which is public to the sites of a run
 
 Out of scope: what happens in a round (`local_round`), what a policy forbids (`gate`).

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from fl_app.models import FrozenModel
     from fl_app.privacy.noise import NoiseSource
-    from fl_app.types import Adapter, DpReceipt, Release, ReleaseKind
+    from fl_app.types import Adapter, DpReceipt, Floats, Release, ReleaseKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +30,26 @@ class PublicConstants:
     unit: str
 
 
+class Drawer(Protocol):
+    """What a site keeps of a run for itself, from one round to a later one: arrays by name, which never leave it."""
+
+    def latest(self, before: int) -> Mapping[str, Floats] | None:
+        """Return what the last round before this one put here; None when none did."""
+        ...
+
+    def put(self, round_number: int, arrays: Mapping[str, Floats]) -> None:
+        """Keep the arrays of a round, whole or not at all; a round that is made again replaces its own."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workbench:
     """What a learner works with besides the rows: the frozen model, the public codes, the source of noise.
 
     `codes` maps a control code's id to its text. `material` is what the server sent along: public text, or text and
     vectors made of earlier releases. `secret` salts what must not be guessed from outside, such as a record's bucket.
+    `blocks` are the frozen adapters under the one that is trained. `run` and `site` are the names under which the
+    release will be known (`Upload`). `drawer` is where a learner keeps what is the site's own; None: nowhere.
     """
 
     model: FrozenModel
@@ -44,6 +58,10 @@ class Workbench:
     system: str
     material: Material = field(default_factory=Material)
     secret: bytes = b""
+    blocks: tuple[Adapter, ...] = ()
+    run: str = ""
+    site: str = ""
+    drawer: Drawer | None = None
 
 
 class Learner(Protocol):

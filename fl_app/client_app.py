@@ -48,7 +48,8 @@ def _answer(message: Message, context: Context, work: Callable[..., Upload | Pro
 
     def answer() -> RecordDict:
         settings = _settings(context, broadcast)
-        return wire.pack_reply(work(site, broadcast, settings), local_round.sent(settings, broadcast))
+        reply = work(site, broadcast, settings)
+        return wire.pack_reply(reply, local_round.sent(settings, broadcast), broadcast.adapter)
 
     reply = local_round.guarded(site, broadcast.run, broadcast.round, answer)
     return Message(wire.pack_reply(reply) if isinstance(reply, Refusal) else reply, reply_to=message)

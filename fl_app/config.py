@@ -101,7 +101,7 @@ class LoraSection(Section):
     start: str = ""
     init: LoraInit = "uniform"
     upload_precision: Precision = "float32"
-    broadcast_precision: Precision = "float32"
+    broadcast_precision: Literal["float32", "float16"] = "float32"
 
 
 class SharedConfig(Section):

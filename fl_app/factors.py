@@ -14,16 +14,15 @@ Source: RoLoRA (2502.01755), LA-LoRA (2602.19926; its code begins with a), Fed-S
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from fl_app.errors import ConfigInvalid
+from fl_app.types import ReleaseSpec, ScalarWalk, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fl_app.types import Factor
-
-Schedule: TypeAlias = Literal["both", "b", "rounds", "steps", "core"]
+    from fl_app.types import Factor, Precision
 
 OF_KIND: dict[str, Schedule] = {
     "dp_lora": "both",
@@ -78,3 +77,16 @@ def active(schedule: Schedule, round_number: int, step: int) -> tuple[Factor, ..
 def sent(learner: Mapping[str, Any], round_number: int) -> tuple[Factor, ...]:
     """Return the factors that a site sends in a round: those that moved, and of FedSA-LoRA's only a."""
     return ("a",) if learner.get("kind") == "dp_fedsa_lora" else moved(schedule_of(learner), round_number)
+
+
+def travels(learner: Mapping[str, Any], round_number: int, precision: Precision) -> ReleaseSpec:
+    """Return what of an adapter travels in a round, and how: factors at a precision, or scalars of one byte."""
+    if learner.get("kind") == "zeroth_order":
+        rate = float(learner.get("learning_rate", ZEROTH_ORDER_RATE))
+        walk = ScalarWalk(steps=int(learner["steps"]), learning_rate=rate, schedule=schedule_of(learner))
+        return ReleaseSpec(factors=sent(learner, round_number), walk=walk)
+    return ReleaseSpec(factors=sent(learner, round_number), precision=precision)
+
+
+ZEROTH_ORDER_RATE = 2e-3
+"""The rate of a zeroth-order learner where [client.learner] says none; both ends walk with it."""

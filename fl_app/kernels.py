@@ -52,8 +52,10 @@ def keep_rows_apart(model: Any, most_rows: int) -> bool:
         if weight.ndim == 2:  # noqa: PLR2004
             high, wide = int(weight.shape[0]), int(weight.shape[1])
             if ".lora_A." in name or ".lora_B." in name:  # (r, I) or (O, r); the node keeps b as (r, O)
+                if name.endswith(".core.weight"):  # between the two (`fl_app.lora`), made row by row as well
+                    continue
                 rank, width = (high, wide) if ".lora_A." in name else (wide, high)
-                place = name.removesuffix(".weight").rpartition(".")[0]
+                place = name[: name.index(".lora_") + len(".lora_A")]
                 thin[place] = (thin.get(place, (0, 0))[0] + rank, width)
             else:
                 matrices |= {(high, wide, False), (wide, high, True)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ PEFT_PREFIX = "base_model.model."
 
 ADAPTER, BLOCKS = "default", "blocks"
 """The names, on a PEFT model, of the adapter that is trained and of the one under it that is not."""
+
+CORE, WIDE = "core", "wide"
+"""The two maps that stand, one after the other, in the place of PEFT's `lora_B` where a core is kept apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,10 +355,11 @@ def peft_config(adapter: Adapter, **fields: Any) -> Any:
     return kind(r=rank_of(adapter), lora_alpha=adapter.alpha, target_modules=sorted(adapter.layers), **fields)
 
 
-def attach(frozen: FrozenModel, adapter: Adapter, blocks: Sequence[Adapter] = ()) -> Any:
+def attach(frozen: FrozenModel, adapter: Adapter, blocks: Sequence[Adapter] = (), *, keep_cores: bool = False) -> Any:
     """Return a PEFT model over a replica of the frozen weights that carries `adapter`, in float32.
 
-    `blocks` are carried as well, as one adapter that asks for no gradient (`BLOCKS`). Cores are folded into b.
+    `blocks` are carried as well, as one adapter that asks for no gradient (`BLOCKS`). Cores are folded into b; with
+    `keep_cores` those of `adapter` stay apart, as parameters `<layer>.core`, which is how they are trained.
     Raises: AdapterMismatch when an adapter is for another base, or a block adapts other maps.
     """
     from peft import get_peft_model
@@ -364,14 +369,16 @@ def attach(frozen: FrozenModel, adapter: Adapter, blocks: Sequence[Adapter] = ()
             raise AdapterMismatch(
                 f"adapter is for base {one.base[:12]}, {frozen.resolved.name} is {frozen.resolved.sha256[:12]}"
             )
-    adapter = plain(adapter)
+    adapter = adapter if keep_cores else plain(adapter)
     base = frozen.replica().model
     conv1d = any(type(base.get_submodule(name)).__name__ == "Conv1D" for name in adapter.layers)
     fields: dict[str, Any] = {"lora_dropout": 0.0, "fan_in_fan_out": conv1d}
     model: Any = get_peft_model(base, peft_config(adapter, **fields))
+    if has_core(adapter):
+        _make_room_for_cores(model)
     write(model, adapter)
     if blocks:
-        check_alike([adapter, *map(plain, blocks)], same_rank=False)
+        check_alike([plain(adapter), *map(plain, blocks)], same_rank=False)
         under = low_rank.compact(stacked(blocks))
         model.add_adapter(BLOCKS, peft_config(under, **fields))
         write(model, under, place=BLOCKS)
@@ -381,14 +388,26 @@ def attach(frozen: FrozenModel, adapter: Adapter, blocks: Sequence[Adapter] = ()
     return model
 
 
+def _make_room_for_cores(model: Any) -> None:
+    """Put an r x r map before every `lora_B`: PEFT's own forward pass then computes b @ core @ a, core unset."""
+    import torch
+
+    for module in model.modules():
+        if ADAPTER in getattr(module, "lora_B", {}):
+            wide = module.lora_B[ADAPTER]
+            core = torch.nn.Linear(wide.in_features, wide.in_features, bias=False)
+            module.lora_B[ADAPTER] = torch.nn.Sequential(OrderedDict([(CORE, core), (WIDE, wide)])).eval()
+
+
 def parameters(model: Any, *, place: str = ADAPTER) -> dict[str, Any]:
-    """Return the LoRA parameters of a PEFT model by `<module path>.a` and `.b`, in sorted order."""
+    """Return the LoRA parameters of a PEFT model by `<module path>.a`, `.b` and `.core`, in sorted order."""
     found: dict[str, Any] = {}
+    markers = {f"A.{place}": ".a", f"B.{place}": ".b", f"B.{place}.{WIDE}": ".b", f"B.{place}.{CORE}": ".core"}
     for name, parameter in model.named_parameters():
         path = name.removeprefix(PEFT_PREFIX)
-        for marker, factor in ((f".lora_A.{place}.weight", ".a"), (f".lora_B.{place}.weight", ".b")):
-            if path.endswith(marker):
-                found[path.removesuffix(marker) + factor] = parameter
+        for marker, factor in markers.items():
+            if path.endswith(end := f".lora_{marker}.weight"):
+                found[path.removesuffix(end) + factor] = parameter
     return dict(sorted(found.items()))
 
 
@@ -400,23 +419,26 @@ def write(model: Any, adapter: Adapter, *, place: str = ADAPTER) -> None:
     import torch
 
     slots = parameters(model, place=place)
-    if {name.rsplit(".", 1)[0] for name in slots} != set(adapter.layers):
-        raise AdapterMismatch("the model's adapted layers are not the adapter's layers")
+    named: dict[str, np.ndarray] = {}
     for name, factors in adapter.layers.items():
-        for key, values in ((f"{name}.a", factors.a), (f"{name}.b", factors.b)):
-            if values.shape != slots[key].shape:
-                raise AdapterMismatch(f"{key} is of shape {values.shape}, the model's is {tuple(slots[key].shape)}")
+        named |= named_factors(name, factors)
+    if named.keys() != slots.keys():
+        raise AdapterMismatch("the model's adapted layers are not the adapter's layers")
+    for key, values in named.items():
+        if values.shape != slots[key].shape:
+            raise AdapterMismatch(f"{key} is of shape {values.shape}, the model's is {tuple(slots[key].shape)}")
     with torch.no_grad():
-        for name, factors in adapter.layers.items():
-            slots[f"{name}.a"].copy_(torch.from_numpy(np.array(factors.a)))
-            slots[f"{name}.b"].copy_(torch.from_numpy(np.array(factors.b)))
+        for key, values in named.items():
+            slots[key].copy_(torch.from_numpy(np.array(values)))
 
 
 def read(model: Any, *, alpha: float, base: str) -> Adapter:
     """Return a copy of the adapter that a PEFT model carries."""
     slots = {name: slot.detach().to("cpu").float().numpy().copy() for name, slot in parameters(model).items()}
     names = sorted({name.rsplit(".", 1)[0] for name in slots})
-    layers = {name: LoraFactors(a=slots[f"{name}.a"], b=slots[f"{name}.b"]) for name in names}
+    layers = {
+        name: LoraFactors(a=slots[f"{name}.a"], b=slots[f"{name}.b"], core=slots.get(f"{name}.core")) for name in names
+    }
     return Adapter(layers=layers, alpha=alpha, base=base)
 
 

@@ -1,6 +1,6 @@
 """What a site releases, as files and as a hash: the same for every kind, on both sides of the wire.
 
-    adapter      PEFT format (`peft_files.save`), hash of `lora.sha256`
+    adapter      PEFT format (`peft_files.save`), hash of `lora.sha256`; scalars.safetensors where scalars made it
     vector       arrays.safetensors, one array a name
     histogram    arrays.safetensors with `counts`, bins.json
     text         texts.jsonl, one {"code", "text"} a line
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fl_app.types import Broadcast, Floats, Release
 
 ARRAYS, BINS, TEXTS, SURVEY = "arrays.safetensors", "bins.json", "texts.jsonl", "survey.safetensors"
+SCALARS = "scalars.safetensors"
 
 
 def sha256(release: Release, survey: VectorRelease | None = None) -> str:
@@ -67,6 +68,8 @@ def save(release: Release, survey: VectorRelease | None, folder: Path, *, base_n
     match release:
         case AdapterRelease():
             peft_files.save(release.adapter, folder, base_name=base_name)
+            if release.scalars is not None:
+                save_vectors({"scalars": release.scalars}, folder / SCALARS)
         case VectorRelease():
             save_vectors(release.vectors, folder / ARRAYS)
         case HistogramRelease():
@@ -82,7 +85,8 @@ def load(folder: Path) -> tuple[Release, VectorRelease | None]:
     """Return the release in a folder and what came beside it. Raises: RunInvalid when there is none."""
     survey = VectorRelease(vectors=load_vectors(folder / SURVEY)) if (folder / SURVEY).is_file() else None
     if (folder / "adapter_config.json").is_file():
-        return AdapterRelease(adapter=peft_files.load(folder)), survey
+        scalars = load_vectors(folder / SCALARS)["scalars"] if (folder / SCALARS).is_file() else None
+        return AdapterRelease(adapter=peft_files.load(folder), scalars=scalars), survey
     if (folder / TEXTS).is_file():
         rows = journal.read_lines(folder / TEXTS)
         return TextRelease(texts=tuple(CodedText(code=row["code"], text=row["text"]) for row in rows)), survey

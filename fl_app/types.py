@@ -27,6 +27,9 @@ Composition: TypeAlias = Literal["fixed_schedule", "renyi_filter"]
 Factor: TypeAlias = Literal["a", "b", "core"]
 """One of the matrices of an adapted map."""
 
+Schedule: TypeAlias = Literal["both", "b", "rounds", "steps", "core"]
+"""Which factors a learner moves, and when (`fl_app.factors`)."""
+
 Precision: TypeAlias = Literal["float32", "float16", "int8"]
 """How the numbers of an adapter travel."""
 
@@ -181,10 +184,20 @@ class Material:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScalarWalk:
+    """How the scalars of a zeroth-order round become an adapter (`fl_app.zeroth_order.replay`)."""
+
+    steps: int
+    learning_rate: float
+    schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSpec:
     """What a site's release must look like, as far as the configuration says; `None` asks no site for anything.
 
-    `factors` of an adapter travel, at `precision`; the others are those of the broadcast.
+    `factors` of an adapter travel, at `precision`; the others are those of the broadcast. With a `walk` only its
+    scalars travel, a byte each.
 
     `vectors`: names and lengths of a vector release, or of a histogram its one entry. `codes`, `max_texts` and
     `max_bytes` (of one text, UTF-8) bound a text release. `survey`: names and lengths of what is summed once.
@@ -198,6 +211,7 @@ class ReleaseSpec:
     survey: Mapping[str, int] = field(default_factory=dict[str, int])
     factors: tuple[Factor, ...] = ("a", "b")
     precision: Precision = "float32"
+    walk: ScalarWalk | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

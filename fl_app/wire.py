@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fl_app import lora, parts, releases
+from fl_app import lora, parts, releases, zeroth_order
 from fl_app import wire_arrays as arrays
 from fl_app.errors import LedgerRefusal, WireViolation
 from fl_app.hash_chain import is_digest
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from fl_app.lora import LoraSpec
-    from fl_app.types import DpReceipt, Factor, Floats, RefusalCode, Release
+    from fl_app.types import DpReceipt, Factor, Floats, RefusalCode, Release, ScalarWalk
 
 ADAPTER = ReleaseSpec()
 """What is asked when nothing is said: an adapter, and no survey."""
@@ -226,10 +226,13 @@ def _precision(manifest: Mapping[str, Any]) -> Precision:
     return cast("Precision", value)
 
 
-def pack_reply(reply: Upload | Refusal | Hello | Probe, asked: ReleaseSpec | None = None) -> RecordDict:
+def pack_reply(
+    reply: Upload | Refusal | Hello | Probe, asked: ReleaseSpec | None = None, start: Adapter | None = None
+) -> RecordDict:
     """Return a site's answer to any message: the keys of its kind and no other.
 
-    Of an adapter the factors that are `asked` travel, at their precision; all of them where nothing is said.
+    Of an adapter the factors that are `asked` travel, at their precision and below float32 as what was added to
+    `start`; all of them where nothing is said.
     """
     if isinstance(reply, Refusal):
         return _pack_refusal(reply)
@@ -237,10 +240,10 @@ def pack_reply(reply: Upload | Refusal | Hello | Probe, asked: ReleaseSpec | Non
         return _pack_hello(reply)
     if isinstance(reply, Probe):
         return _pack_probe(reply)
-    return _pack_upload(reply, asked)
+    return _pack_upload(reply, asked, start)
 
 
-def _pack_upload(upload: Upload, asked: ReleaseSpec | None) -> RecordDict:
+def _pack_upload(upload: Upload, asked: ReleaseSpec | None, start: Adapter | None) -> RecordDict:
     receipts = None if upload.receipts is None else [receipt_to_dict(receipt) for receipt in upload.receipts]
     manifest: dict[str, Any] = {
         "site": upload.site,
@@ -254,10 +257,13 @@ def _pack_upload(upload: Upload, asked: ReleaseSpec | None) -> RecordDict:
     }
     content = RecordDict()
     match upload.release:
-        case AdapterRelease(adapter=adapter):
+        case AdapterRelease(adapter=adapter, scalars=scalars):
             manifest |= {"base": adapter.base, "alpha": adapter.alpha}
             told = asked or ReleaseSpec(factors=parts.FACTORS)
-            content["arrays"] = arrays.pack_factors(adapter, told.factors, told.precision)
+            if told.walk is not None and scalars is not None:
+                content["arrays"] = arrays.pack_bytes({"scalars": zeroth_order.encode(scalars)})
+            else:
+                content["arrays"] = arrays.pack_factors(adapter, told.factors, told.precision, start)
         case VectorRelease(vectors=vectors):
             content["arrays"] = arrays.pack(vectors)
         case HistogramRelease(counts=counts):
@@ -351,8 +357,27 @@ def _release(
             )
         case "text":
             return TextRelease(texts=arrays.unpack_texts(content["texts"], asked))
+        case _ if asked.walk is not None and start is not None:
+            return _walked(content, manifest, asked.walk, start)
         case _:
             return AdapterRelease(adapter=_adapter(content, manifest, spec, asked, start))
+
+
+def _walked(content: RecordDict, manifest: dict[str, Any], walk: ScalarWalk, start: Adapter) -> AdapterRelease:
+    """Return the adapter that a site's bytes lead to from where it began."""
+    scalars = zeroth_order.decode(arrays.unpack_bytes(content["arrays"], "scalars", walk.steps))
+    if (_text(manifest, "base"), _alpha(manifest)) != (start.base, start.alpha):
+        raise WireViolation("base or alpha is not that of the broadcast", rule="base")
+    adapter = zeroth_order.replay(
+        start,
+        scalars,
+        run=_text(manifest, "run"),
+        site=_text(manifest, "site"),
+        round_number=_whole(manifest, "round"),
+        learning_rate=walk.learning_rate,
+        schedule=walk.schedule,
+    )
+    return AdapterRelease(adapter=adapter, scalars=scalars)
 
 
 def _adapter(
@@ -362,9 +387,8 @@ def _adapter(
     if spec is None:
         layers = arrays.unpack_layers(content["arrays"], asked.precision)
     else:
-        sent = arrays.unpack_factors(content["arrays"], spec, asked)
-        kept = {} if start is None else {key: one for key, one in parts.arrays_of(start).items() if key not in sent}
-        layers = arrays.layers_of({**kept, **sent})
+        began = {} if start is None else parts.arrays_of(start)
+        layers = arrays.layers_of({**began, **arrays.unpack_factors(content["arrays"], spec, asked, began)})
     return Adapter(layers=layers, alpha=_alpha(manifest), base=_text(manifest, "base"))
 
 

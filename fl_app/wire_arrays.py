@@ -46,19 +46,27 @@ def pack(values: Mapping[str, Floats]) -> ArrayRecord:
 
 
 def pack_factors(
-    adapter: Adapter, factors: Iterable[Factor] = parts.FACTORS, precision: Precision = "float32"
+    adapter: Adapter,
+    factors: Iterable[Factor] = parts.FACTORS,
+    precision: Precision = "float32",
+    start: Adapter | None = None,
 ) -> ArrayRecord:
     """Return the named factors of an adapter, those that it has, as `<layer>.a` and so on (`fl_app.transport`)."""
     packed: dict[str, Array] = {}
     for factor in factors:
+        began = {} if start is None else parts.part(start, factor)
         for key, values in parts.part(adapter, factor).items():
-            for suffix, array in transport.encode(values, factor, precision).items():
+            for suffix, array in transport.encode(values, factor, precision, began.get(key)).items():
                 packed[f"{key}.{suffix}" if suffix else key] = Array(array)
     return ArrayRecord({key: packed[key] for key in sorted(packed)})
 
 
-def unpack_factors(record: object, spec: LoraSpec, asked: ReleaseSpec) -> dict[str, Floats]:
+def unpack_factors(
+    record: object, spec: LoraSpec, asked: ReleaseSpec, start: Mapping[str, Floats]
+) -> dict[str, Floats]:
     """Return the factors that were asked for, by `<layer>.<factor>`, each of the server's own shape.
+
+    `start` are the factors that the site was sent.
 
     Raises: WireViolation.
     """
@@ -67,7 +75,7 @@ def unpack_factors(record: object, spec: LoraSpec, asked: ReleaseSpec) -> dict[s
     names = {name for key in told for name in _pieces(key, asked.precision).values()}
     if odd := sorted(set(found) ^ names):
         raise WireViolation("is missing" if odd[0] in names else "is none of ours", rule="layers", tensor=odd[0])
-    return {key: _decoded(key, found, shape, asked.precision) for key, shape in told.items()}
+    return {key: _decoded(key, found, shape, asked.precision, start.get(key)) for key, shape in told.items()}
 
 
 def unpack_part(record: object, factor: Factor, precision: Precision) -> dict[str, Floats]:
@@ -85,14 +93,16 @@ def _pieces(key: str, precision: Precision) -> dict[str, str]:
     return {"": key} if precision != "int8" else {"": key, transport.EXPONENT: f"{key}.{transport.EXPONENT}"}
 
 
-def _decoded(key: str, found: ArrayRecord, shape: tuple[int, int], precision: Precision) -> Floats:
+def _decoded(
+    key: str, found: ArrayRecord, shape: tuple[int, int], precision: Precision, start: Floats | None = None
+) -> Floats:
     """Return a factor of this shape from the arrays it travelled as. Raises: WireViolation."""
     factor, names = cast("Factor", _factor(key)), _pieces(key, precision)
     shapes = transport.shapes(shape, factor, precision)
     numbers = {
         what: _numbers(names[what], found[names[what]], shapes[what], "int8" if what else precision) for what in shapes
     }
-    return transport.decode(numbers, factor)
+    return transport.decode(numbers, factor, start)
 
 
 def layers_of(values: Mapping[str, Floats]) -> dict[str, LoraFactors]:
@@ -154,6 +164,19 @@ def unpack_vectors(record: object) -> dict[str, Floats]:
         if len(array.shape) != 1 or min(array.shape) < 1:
             raise WireViolation(f"is of shape {str(array.shape)[:80]}; expected one axis", rule="shape", tensor=key)
     return unpack(found, {key: tuple(array.shape) for key, array in found.items()})
+
+
+def pack_bytes(values: Mapping[str, npt.NDArray[np.uint8]]) -> ArrayRecord:
+    """Return arrays of single bytes by name."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(values[name], np.uint8)) for name in sorted(values)})
+
+
+def unpack_bytes(record: object, name: str, length: int) -> npt.NDArray[np.uint8]:
+    """Return the one array of bytes that a record must hold. Raises: WireViolation."""
+    found = _arrays(record)
+    if odd := sorted(set(found) ^ {name}):
+        raise WireViolation("is missing" if odd[0] == name else "is none of ours", rule="layers", tensor=odd[0])
+    return _numbers(name, found[name], (length,), "uint8")
 
 
 def pack_texts(texts: Iterable[CodedText]) -> ConfigRecord:
@@ -218,6 +241,8 @@ def _expected(spec: LoraSpec, asked: ReleaseSpec) -> tuple[int, int]:
     beside = [*asked.vectors.values(), *asked.survey.values()]
     if asked.kind != "adapter":
         return 4 * sum(beside), len(beside)
+    if asked.walk is not None:
+        return asked.walk.steps + 4 * sum(beside), 1 + len(beside)
     told = {key: shape for key, shape in lora.factor_shapes(spec).items() if _factor(key) in asked.factors}
     size = sum(transport.num_bytes(told[key], cast("Factor", _factor(key)), asked.precision) for key in told)
     return size + 4 * sum(beside), sum(len(_pieces(key, asked.precision)) for key in told) + len(beside)

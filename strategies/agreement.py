@@ -24,19 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fl_app.config import Tree
-    from fl_app.factors import Schedule
-    from fl_app.types import ReleaseKind, ReleaseSpec
+    from fl_app.types import ReleaseKind, ReleaseSpec, Schedule
 
 RELEASED: dict[str, ReleaseKind] = {
     "dp_lora": "adapter",
     "dp_ffa_lora": "adapter",
-    "dp_distil": "adapter",
-    "plain_lora": "adapter",
     "dp_rolora": "adapter",
     "dp_la_lora": "adapter",
     "dp_lora_sb": "adapter",
     "dp_fedsa_lora": "adapter",
+    "dp_distil": "adapter",
     "zeroth_order": "adapter",
+    "plain_lora": "adapter",
     "private_prediction": "text",
     "invisible_ink": "text",
     "epsvec": "vector",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fl_app.lora import LoraSpec
     from fl_app.models import FrozenModel
     from fl_app.types import Adapter
-    from strategies.reach import UpdateCap
+    from strategies.reach import RunCap
 
 
 class NetworkSection(Section):
@@ -190,7 +190,7 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
     )
 
 
-def _cap(tree: Tree, server: ServerSection) -> UpdateCap | None:
+def _cap(tree: Tree, server: ServerSection) -> RunCap | None:
     """Return the cap on an adapter's update; None where sites send something else, or nothing."""
     if server.synthesizer.writes_from != "adapter":
         return None

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from strategies.exam import Exam
     from strategies.lab import Lab, TextModel
     from strategies.ranks import Ranks
-    from strategies.reach import UpdateCap
+    from strategies.reach import RunCap
     from strategies.spending import Spending
 
 
@@ -76,7 +76,7 @@ class Pipeline:
     carries: Literal["target", "merged"] = "target"
     survey: Mapping[str, int] = field(default_factory=dict[str, int])
     accept_non_private: bool = False
-    cap: UpdateCap | None = None
+    cap: RunCap | None = None
     carried: Carried = field(init=False)
     answered: dict[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
     kept: list[Draft] = field(default_factory=list)
@@ -169,8 +169,8 @@ class Pipeline:
         """Return what every site is asked for in a round: of an adapter, the factors that its learner moves."""
         if self.asked.kind != "adapter":
             return self.asked
-        told = factors.sent(self.tree.get("client", {}).get("learner", {}), number)
-        return dataclasses.replace(self.asked, factors=told, precision=self.shared.lora.upload_precision)
+        told = factors.travels(self.tree["client"]["learner"], number, self.shared.lora.upload_precision)
+        return dataclasses.replace(told, survey=self.survey)
 
     def bins(self, number: int) -> tuple[str, ...]:
         """Return the names of a histogram's counts in round `number`: the texts that the sites were sent, in order."""
@@ -271,7 +271,7 @@ class Pipeline:
                 asked=self.asked_in(number),
                 spending=self.spending,
                 seen=self.spending.adapters(self.start, self.records),
-                cap=self.cap,
+                cap=self.cap.of_round(number) if self.cap else None,
                 accept_non_private=self.accept_non_private,
             )
             need = needed(judged.asked, self.quorum)

@@ -1,7 +1,7 @@
 """How far an honest site can have moved an adapter in one round: the cap on an update's norm, from public constants.
 
-Every learner ends its steps with AdamW, whose step does not depend on the size of the gradient, and so neither on the
-rows nor on the noise. With m and v the running means of gradients and of their squares, Cauchy and Schwarz give
+All learners but one end their steps with AdamW, whose step does not depend on the size of the gradient, and so neither
+on the rows nor on the noise. With m and v the running means of gradients and of their squares, Cauchy and Schwarz give
 
     |m_t| <= (1 - b1) sqrt(sum_j (b1^2 / b2)^j) sqrt(sum_j b2^j g_(t-j)^2),   j = 0 ... t - 1
 
@@ -14,6 +14,13 @@ their scale or come once, and can be exceeded. A tensor of n numbers therefore m
 and by the share that weight decay takes of where it began. The products B A are bound with their factors:
 
     |B' A' - B A| <= |B' - B| |A'| + |B| |A' - A|.
+
+A factor counts the steps in which it is active (`fl_app.factors`): AdamW's state stands still in the others. What a
+round does not move, or a site does not send, may not differ from the broadcast at all.
+
+A zeroth-order step moves a factor by learning_rate * |g| * |z|, with g the slope that travels, of at most
+`zeroth_order.LARGEST`, and z public standard normals: of n numbers longer than sqrt(n) + t with probability
+exp(-t^2 / 2) at most (Laurent and Massart 2000). t is taken so that no step of a round is, but once in 10^12 rounds.
 
 Guarantee: no release of a learner of `clients.learners` is above the cap, whatever its rows, noise and budget.
 Out of scope: a hostile update below the cap. That is for the aggregator.
@@ -30,24 +37,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import ConfigDict, Field
 
+from fl_app import factors, zeroth_order
 from fl_app.config import Section, parse
-from fl_app.errors import ConfigInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fl_app.types import Floats
-
-TRAINS: dict[str, tuple[str, ...]] = {
-    "dp_lora": ("a", "b"),
-    "dp_ffa_lora": ("b",),
-    "dp_distil": ("a", "b"),
-    "plain_lora": ("a", "b"),
-}
-"""The factors that each kind of learner moves; it leaves the others as they came, to the bit."""
+    from fl_app.types import Factor, Floats
 
 BETA_1, BETA_2 = 0.9, 0.999
 """AdamW's constants in torch, which no learner changes."""
+
+B_FACTORS = {"dp_la_lora": 2.0}
+"""How much faster than a b learns where the table does not say; of all other kinds as fast."""
 
 SLACK = 1.01
 """Float32 in the running means: below 1e-4 of a step at a thousand steps. Ten times that again, to be clear of it."""
@@ -65,28 +67,68 @@ class _Learner(Section):
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    b_learning_rate_factor: Annotated[float, Field(gt=0, le=100)] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """How far the steps of a round move one factor.
+
+    `coordinate`: how far one number. `spread`: by how much more than sqrt(n) of that n of them go together, at most.
+    `decay`: what weight decay takes, as a share of where the factor began.
+    """
+
+    steps: int
+    coordinate: float
+    spread: float = 0.0
+    decay: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCap:
-    """The most that an update may measure, in L2 norm.
+    """The most that an update of one round of `steps` steps may measure, in L2 norm.
 
-    `reach`: what the steps move one coordinate. `decay`: what weight decay takes, as a share of where a factor began.
-    `largest`: of the whole update, whatever the optimizer could reach.
+    `reaches`: of the factors that may differ from the broadcast. `largest`: of the whole update, whatever the steps
+    could reach. `by_scalars`: the update must come as as many scalars as there are steps.
     """
 
     steps: int
-    reach: float
-    decay: float = 0.0
-    trains: tuple[str, ...] = ("a", "b")
+    reaches: Mapping[Factor, Reach]
+    largest: float = math.inf
+    by_scalars: bool = False
+
+    @property
+    def trains(self) -> tuple[Factor, ...]:
+        """The factors that may differ from the broadcast."""
+        return tuple(self.reaches)
+
+    def of(self, factor: Factor, start: Floats) -> float:
+        """Return the cap on one factor that began at `start`; 0 for a factor that no step moves."""
+        if factor not in self.reaches:
+            return 0.0
+        reach = self.reaches[factor]
+        began, moved = norm(start), reach.coordinate * (math.sqrt(start.size) + reach.spread)
+        return SLACK * (moved + reach.decay * began) + reach.steps * ROUNDING * (began + moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCap:
+    """The caps of the rounds of a run, from its table [client.learner]."""
+
+    learner: Mapping[str, Any]
     largest: float = math.inf
 
-    def of(self, factor: str, start: Floats) -> float:
-        """Return the cap on one factor, "a" or "b", that began at `start`; 0 for a factor that no step moves."""
-        if factor not in self.trains:
-            return 0.0
-        began, moved = norm(start), self.reach * math.sqrt(start.size)
-        return SLACK * (moved + self.decay * began) + self.steps * ROUNDING * (began + moved)
+    def of_round(self, number: int) -> UpdateCap:
+        """Return the cap for the uploads of one round."""
+        section = parse(_Learner, dict(self.learner), where="client.learner")
+        schedule = factors.schedule_of(self.learner)
+        by_scalars = section.kind == "zeroth_order"
+        reaches: dict[Factor, Reach] = {}
+        for factor in factors.sent(self.learner, number):
+            steps = sum(factor in factors.active(schedule, number, step) for step in range(section.steps))
+            if steps:
+                reaches[factor] = _reach_by_scalars(section, steps) if by_scalars else _reach(section, factor, steps)
+        return UpdateCap(steps=section.steps, reaches=reaches, largest=self.largest, by_scalars=by_scalars)
 
 
 def norm(values: np.ndarray[Any, Any]) -> float:
@@ -95,21 +137,28 @@ def norm(values: np.ndarray[Any, Any]) -> float:
     return math.sqrt(float(np.dot(flat, flat)))
 
 
-def read_cap(learner: Mapping[str, Any], *, largest: float = math.inf) -> UpdateCap:
-    """Return the cap for the sites of a run, whose steps the table [client.learner] fixes.
+def read_cap(learner: Mapping[str, Any], *, largest: float = math.inf) -> RunCap:
+    """Return the caps for the sites of a run, whose steps the table [client.learner] fixes.
 
     Raises: ConfigInvalid for a kind of learner of which nobody has said which factors it moves.
     """
-    section = parse(_Learner, dict(learner), where="client.learner")
-    if section.kind not in TRAINS:
-        raise ConfigInvalid(f"client.learner.kind = {section.kind!r}: known are {', '.join(TRAINS)}")
-    return UpdateCap(
-        steps=section.steps,
-        reach=section.learning_rate * bounds(section.steps),
-        decay=_decay(section.learning_rate * section.weight_decay, section.steps),
-        trains=TRAINS[section.kind],
-        largest=largest,
-    )
+    cap = RunCap(learner=learner, largest=largest)
+    cap.of_round(1)  # whatever is wrong with the table is wrong in every round
+    return cap
+
+
+def _reach(section: _Learner, factor: Factor, steps: int) -> Reach:
+    """Return how far AdamW carries a factor in the steps in which it is active."""
+    rate = section.learning_rate
+    if factor == "b":
+        rate *= section.b_learning_rate_factor or B_FACTORS.get(section.kind, 1.0)
+    return Reach(steps=steps, coordinate=rate * bounds(steps), decay=_decay(rate * section.weight_decay, steps))
+
+
+def _reach_by_scalars(section: _Learner, steps: int) -> Reach:
+    """Return how far zeroth-order steps carry a factor, but for one round in 10^12."""
+    coordinate = section.learning_rate * zeroth_order.LARGEST * steps
+    return Reach(steps=steps, coordinate=coordinate, spread=math.sqrt(2 * math.log(1e12 * steps)))
 
 
 def bounds(steps: int) -> float:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from fl_app.errors import WireViolation
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, Broadcast, DpReceipt, Floats, Hello, Upload
+    from fl_app.types import Adapter, Broadcast, DpReceipt, Factor, Floats, Hello, Upload
     from strategies.reach import UpdateCap
 
 TOLERANCE = 1e-6
@@ -162,11 +162,17 @@ def _broken_adapter(upload: Upload, broadcast: Broadcast, spec: LoraSpec, cap: U
     adapter = upload.release.adapter
     if found := lora.difference(adapter, spec):
         return _no(upload, cast("Rule", found.rule), found.reason, found.tensor)
-    if cap is None:
-        return None
+    return _beyond_reach(upload, upload.release, broadcast, cap) if cap else None
+
+
+def _beyond_reach(upload: Upload, release: AdapterRelease, broadcast: Broadcast, cap: UpdateCap) -> Rejection | None:
+    """Return why a round of this run cannot have led from the broadcast to this adapter."""
+    scalars = release.scalars
+    if cap.by_scalars and (scalars is None or scalars.shape != (cap.steps,)):
+        return _no(upload, "shape", f"a zeroth-order update is {cap.steps} scalars, one a step", "scalars")
     total = 0.0
-    for tensor, sent, began in _factors(adapter, broadcast.adapter, ("a", "b")):
-        moved, most = norm(np.subtract(sent, began, dtype=np.float64)), cap.of(tensor[-1], began)
+    for factor, tensor, sent, began in _factors(release.adapter, broadcast.adapter, _all_factors(broadcast.adapter)):
+        moved, most = norm(np.subtract(sent, began, dtype=np.float64)), cap.of(factor, began)
         if not moved <= most:
             told = f"moved by {moved:.4g}, at most {most:.4g}" if most else "moved, and no step trains it"
             return _no(upload, "norm", told, tensor)
@@ -205,20 +211,25 @@ def _noiseless(
         return _no(upload, "replay", f"is {before} once more; noise never comes twice")
     if not isinstance(upload.release, AdapterRelease):
         return None
-    trained = list(_factors(upload.release.adapter, broadcast.adapter, ("a", "b") if cap is None else cap.trains))
-    if all(np.array_equal(sent, began) for _, sent, began in trained):
+    names = _all_factors(broadcast.adapter) if cap is None else cap.trains
+    trained = list(_factors(upload.release.adapter, broadcast.adapter, names))
+    if all(np.array_equal(sent, began) for _, _, sent, began in trained):
         return _no(upload, "replay", "is the broadcast itself; a private release holds noise")
-    for tensor, sent, _ in trained:
+    for _, tensor, sent, _ in trained:
         if not max(sent.max(), -sent.min()) >= np.finfo(np.float32).tiny:
             return _no(upload, "zero", "holds zeros and denormals only; a private release holds noise", tensor)
     return None
 
 
-def _factors(adapter: Adapter, start: Adapter, names: Sequence[str]) -> Iterator[tuple[str, Floats, Floats]]:
-    """Give each factor's name, what it is now, and what it was."""
+def _all_factors(adapter: Adapter) -> tuple[Factor, ...]:
+    return ("a", "b", "core") if lora.has_core(adapter) else ("a", "b")
+
+
+def _factors(adapter: Adapter, start: Adapter, names: Sequence[Factor]) -> Iterator[tuple[Factor, str, Floats, Floats]]:
+    """Give each factor's kind, its name, what it is now, and what it was."""
     for layer, began in start.layers.items():
         for name in names:
-            yield f"{layer}.{name}", getattr(adapter.layers[layer], name), getattr(began, name)
+            yield name, f"{layer}.{name}", getattr(adapter.layers[layer], name), getattr(began, name)
 
 
 def _broken_receipts(

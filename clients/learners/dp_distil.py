@@ -64,11 +64,12 @@ class DpDistil(DpStepsSection):
     own_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     prompt_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
-    def build(self) -> Learner:
-        """Return the stage."""
+    def build(self, round_number: int) -> Learner:
+        """Return the stage for one round."""
         return DpAdapterLearner(
             section=self,
-            trains=("a", "b"),
+            schedule="both",
+            round_number=round_number,
             guide=functools.partial(Course, self),
             ready=functools.partial(_check_here, self.teacher.model, self.teacher.adapter),
         )

@@ -23,6 +23,6 @@ class DpFfaLora(DpStepsSection):
 
     kind: Literal["dp_ffa_lora"]
 
-    def build(self) -> Learner:
-        """Return the stage."""
-        return DpAdapterLearner(section=self, trains=("b",))
+    def build(self, round_number: int) -> Learner:
+        """Return the stage for one round."""
+        return DpAdapterLearner(section=self, schedule="b", round_number=round_number)

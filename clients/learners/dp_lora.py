@@ -20,6 +20,6 @@ class DpLora(DpStepsSection):
 
     kind: Literal["dp_lora"]
 
-    def build(self) -> Learner:
-        """Return the stage."""
-        return DpAdapterLearner(section=self, trains=("a", "b"))
+    def build(self, round_number: int) -> Learner:
+        """Return the stage for one round."""
+        return DpAdapterLearner(section=self, schedule="both", round_number=round_number)

@@ -78,8 +78,8 @@ class EpsVec(Section):
     clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     count_share: Annotated[float, Field(ge=0.01, le=0.99)] = 0.2
 
-    def build(self) -> Learner:
-        """Return the stage."""
+    def build(self, round_number: int) -> Learner:
+        """Return the stage for one round."""
         return EpsVecLearner(section=self)
 
 

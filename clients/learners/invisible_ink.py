@@ -59,8 +59,8 @@ class InvisibleInk(DecodingSection):
     top_k: Annotated[int, Field(ge=1)] = 100
     max_clip: Annotated[float, Field(ge=1e-3, le=100)] = 20.0
 
-    def build(self) -> Learner:
-        """Return the stage."""
+    def build(self, round_number: int) -> Learner:
+        """Return the stage for one round."""
         return InvisibleInkLearner(section=self)
 
 
@@ -114,7 +114,7 @@ class InvisibleInkLearner:
         """
         span = check_announced(self, receipts, constants).span
         one = self.section
-        model = lora.attach(bench.model, start)
+        model = lora.attach(bench.model, start, bench.blocks)
         buckets = sorted_into_buckets(rows, bench, per_code=one.buckets_per_code, unit=constants.unit)
         pens = [Pen(section=one, span=span, row_weight=1 / constants.max_rows_per_unit) for _ in buckets]
         task = Task(

@@ -57,7 +57,7 @@ class PeVotes(Section):
     nearest: Annotated[int, Field(ge=1, le=1000)] = 1
     noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
-    def build(self) -> Learner:
+    def build(self, round_number: int) -> Learner:
         """Return the learner; the embedding model is loaded when it is first asked."""
         return VoteCounter(section=self)
 

@@ -67,8 +67,8 @@ class PrivatePrediction(DecodingSection):
     threshold_noise: Annotated[float, Field(ge=1e-4, le=100)] = 0.2
     public_temperature: Annotated[float, Field(ge=0.05, le=100)] = 1.5
 
-    def build(self) -> Learner:
-        """Return the stage."""
+    def build(self, round_number: int) -> Learner:
+        """Return the stage for one round."""
         return PrivatePredictionLearner(section=self)
 
 
@@ -127,7 +127,7 @@ class PrivatePredictionLearner:
         """
         span = check_announced(self, receipts, constants).span
         one = self.section
-        model = lora.attach(bench.model, start)
+        model = lora.attach(bench.model, start, bench.blocks)
         buckets = sorted_into_buckets(rows, bench, per_code=one.buckets_per_code, unit=constants.unit)
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         pens = [

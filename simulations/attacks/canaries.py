@@ -109,7 +109,7 @@ def evidence(
     included = rng.random(len(canaries.rows)) < 0.5  # noqa: PLR2004 - a fair coin
     rows = [] if unseen else [row for row, inside in zip(canaries.rows, included, strict=True) if inside]
     section = DpLora(kind="dp_lora", steps=1, clip_norm=canaries.clip_norm * fault.clip)
-    told, learner = _constants(), section.build()
+    told, learner = _constants(), section.build(1)
     receipt = learner.announce(told, noise_multiplier * fault.noise / fault.clip)
     bench = Workbench(model=canaries.frozen, codes={}, noise=SimulatedNoise(rng), system="")
     with steps_seen() as seen:
@@ -121,14 +121,15 @@ def evidence(
 
 @contextmanager
 def steps_seen() -> Generator[list[Doubles]]:
-    """Collect what every optimizer step of this process sees: all factors' gradients as one vector. Shapes: (P,)."""
+    """Collect what every optimizer step of this process sees: all active factors' gradients, as one (P,) vector."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     seen: list[Doubles] = []
 
     def look(optimizer: Any, *_: Any) -> None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        seen.append(np.concatenate([weight.grad.double().numpy().ravel() for weight in weights]))
+        found = [weight.grad for weight in weights if weight.grad is not None]  # others took no part in this step
+        seen.append(np.concatenate([gradient.double().numpy().ravel() for gradient in found]))
 
     handle = register_optimizer_step_pre_hook(look)
     try:
@@ -151,7 +152,7 @@ def _gradients(frozen: FrozenModel, start: Adapter, rows: tuple[PrivateRow, ...]
     model = lora.attach(frozen, start)
     parts: dict[str, Any] = {}
 
-    def keep(layer: lora_linear.LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any) -> None:
+    def keep(layer: lora_linear.LoraLayer, x_BTI: Any, low_BTr: Any, u_BTr: Any, slope_BTO: Any, *_: Any) -> None:
         parts[f"{layer.name}.a"] = torch.einsum("btr,bti->bri", u_BTr, x_BTI)
         parts[f"{layer.name}.b"] = torch.einsum("bto,btr->bor", slope_BTO, low_BTr)
 

@@ -45,7 +45,7 @@ def check_run(config: Path, overrides: str = "") -> None:
         card = Path(place) / "README.md"
         if place and card.is_file() and STAMP in card.read_text(encoding="utf-8"):
             raise DeploymentUnsafe(f"{config}: {setting}: {place} was made by a simulation; its noise protects nobody")
-    if not read_client(tree).learner.build().private:
+    if not read_client(tree).learner.build(1).private:
         raise DeploymentUnsafe(f"{config}: client.learner trains without noise; choose a private learner")
 
 

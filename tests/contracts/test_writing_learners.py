@@ -84,7 +84,7 @@ def write(frozen: FrozenModel, learned: Callable[[int], Adapter]) -> Callable[..
     """Return a function that lets a learner write from rows."""
 
     def run(options: dict[str, Any], rows: PrivateRows, noise: Any, **changes: Any) -> TextRelease:
-        learner = section(options).build()
+        learner = section(options).build(1)
         told = constants()
         receipts = changes.pop("receipts", None) or receipts_of(learner, told, changes.pop("multiplier", 2.0))
         values: dict[str, Any] = {"codes": CODES, "system": "", "material": Material(), "secret": b"salt", **changes}
@@ -102,7 +102,7 @@ def write(frozen: FrozenModel, learned: Callable[[int], Adapter]) -> Callable[..
 
 @every_writer
 def test_receipts_are_for_the_units_and_the_draws_of_a_bucket(options: dict[str, Any]) -> None:
-    learner = section(options).build()
+    learner = section(options).build(1)
     found = receipts_of(learner, constants(unit="patient"))
     assert learner.private
     assert {receipt.unit for receipt in found} == {"patient"}
@@ -118,18 +118,18 @@ def test_receipts_are_for_the_units_and_the_draws_of_a_bucket(options: dict[str,
 def test_the_span_of_private_prediction_is_the_papers() -> None:
     """c = 10, s = 255, temperature 2: 2 c / (s tau); with a drafter, 2 / (s sigma) for each threshold."""
     options = {**AMIN, "expected_units": 255.0, "threshold": 0.5, "threshold_noise": 0.2}
-    learner = section(options).build()
+    learner = section(options).build(1)
     draws, thresholds = receipts_of(learner, constants(max_rows_per_unit=3))
     assert draws.event == BoundedRange(span=round(20 / 510, 9), count=7)
     assert thresholds.event == Exponential(epsilon=pytest.approx(2 / 51), count=7)
     assert learner.clip_norm == 10
-    assert section({**options, "threshold": 0.0}).build().announce(constants(), learner.noise) == (
+    assert section({**options, "threshold": 0.0}).build(1).announce(constants(), learner.noise) == (
         DpReceipt(event=draws.event, unit="record"),
     )
 
 
 def test_the_noise_of_private_prediction_is_fixed_and_of_invisible_ink_is_not() -> None:
-    fixed, free = section(AMIN).build(), section(INK).build()
+    fixed, free = section(AMIN).build(1), section(INK).build(1)
     assert free.noise is None
     assert fixed.noise == pytest.approx(3 * 2 / 20)
     with pytest.raises(PolicyRefusal, match="clip_norm"):
@@ -142,7 +142,7 @@ def test_the_noise_of_private_prediction_is_fixed_and_of_invisible_ink_is_not() 
 
 @every_writer
 def test_other_receipts_are_refused(options: dict[str, Any], write: Callable[..., TextRelease]) -> None:
-    learner = section(options).build()
+    learner = section(options).build(1)
     right = receipts_of(learner, constants())
     wrong: list[tuple[DpReceipt, ...]] = [
         (DpReceipt(event=BoundedRange(span=right[0].event.span, count=learner.steps + 1), unit="record"), *right[1:]),
@@ -185,7 +185,7 @@ def test_no_draw_beyond_the_plan_however_many_rows(
 ) -> None:
     """All draws of a site: at most `steps` for each of four buckets. Empty buckets write as well."""
     monkeypatch.setattr("clients.decoding.hmac.new", _all_in_one)
-    learner = section(options).build()
+    learner = section(options).build(1)
     for count in (0, 1, 30):
         noise = CountingNoise(count)
         release = write(options, some_rows(count), noise)
@@ -281,7 +281,7 @@ def test_a_unit_moves_a_draw_within_the_announced_span(
 ) -> None:
     """A unit of k rows, all shouting, in buckets of none to 40 others: log-ratios stay within the span, and fill it."""
     rng = stream(0, "units", kind)
-    learner = section({"amin": AMIN, "cut": {**AMIN, "public_top": 5}, "ink": INK}[kind]).build()
+    learner = section({"amin": AMIN, "cut": {**AMIN, "public_top": 5}, "ink": INK}[kind]).build(1)
     span = receipts_of(learner, constants(), 0.8)[0].event.span
     widest = 0.0
     for trial in range(60):

@@ -81,7 +81,7 @@ def test_an_update_just_below_the_cap_is_used(stage: Stage) -> None:
     """The twin of `one hundredth beyond the cap`."""
 
     def far(_: RecordDict, asked: Broadcast) -> RecordDict:
-        cap = read_cap({"kind": "dp_lora", "steps": STEPS})
+        cap = read_cap({"kind": "dp_lora", "steps": STEPS}).of_round(1)
         layers = {
             name: LoraFactors(
                 a=one.a + np.float32(cap.of("a", one.a) * 0.999 / math.sqrt(one.a.size)),
@@ -235,7 +235,7 @@ def _real() -> str:
 # --- two thousand ways
 
 SPEC = LoraSpec(shapes={"q": (3, 2), "v": (4, 5)}, rank=2, alpha=8.0, base="a" * 64)
-CAP = read_cap({"kind": "dp_lora", "steps": STEPS, "learning_rate": 0.1})
+CAP = read_cap({"kind": "dp_lora", "steps": STEPS, "learning_rate": 0.1}).of_round(1)
 BEGAN = lora.initial(SPEC, np.random.default_rng(0))
 ASKED = Broadcast(run="run-a", round=1, adapter=BEGAN, config_digest="d" * 64)
 GOOD = moved(BEGAN, seed=7)

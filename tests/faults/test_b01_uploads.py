@@ -144,7 +144,7 @@ def exchanged(honest: Adapter, _: Adapter) -> Adapter:
 
 
 def just_beyond(name: str, part: np.ndarray, began: np.ndarray) -> np.ndarray:
-    cap = read_cap({"kind": "dp_lora", "steps": STEPS}).of("b", began)
+    cap = read_cap({"kind": "dp_lora", "steps": STEPS}).of_round(1).of("b", began)
     return began + np.float32(cap * 1.01 / np.sqrt(began.size)) if name == B else part
 
 

@@ -40,7 +40,7 @@ def _delta(rows: int) -> float:
 
 
 def _receipts(noise: float, rounds: int) -> list[DpReceipt]:
-    learner = PeVotes.model_validate({"kind": "pe_votes", "embedder": {"kind": "local"}}).build()
+    learner = PeVotes.model_validate({"kind": "pe_votes", "embedder": {"kind": "local"}}).build(1)
     return [receipt for _ in range(rounds) for receipt in learner.announce(CONSTANTS, noise)]
 
 

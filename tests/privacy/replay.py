@@ -7,6 +7,7 @@ Paradigm: Re:cord-play (PETS 2026, arXiv 2602.17454).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,13 +22,48 @@ from fl_app.privacy import gaussian
 from simulations.attacks.canaries import steps_seen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from clients.stages import Learner
     from fl_app.models import FrozenModel
     from fl_app.types import Adapter
 
 CLIP, NOISE, EXPECTED = 0.05, 0.25, 4
+
+FACTORS = {"a": "a", "b": "b", "c": "core"}
+ACTIVE = {"dp_ffa_lora": ["b"], "dp_rolora": ["b"], "dp_la_lora": ["b", "a"], "dp_lora_sb": ["c"]}
+"""The first letters of the factors that the steps of round 1 move, over and over; of all other kinds a and b."""
+
+
+def active(kind: str, steps: int) -> list[str]:
+    """Return the first letters of the factors that each step of round 1 moves, written down by hand."""
+    turns = ACTIVE.get(kind, ["ab"])
+    return [turns[step % len(turns)] for step in range(steps)]
+
+
+def begin(adapter: Adapter, kind: str) -> Adapter:
+    """Return what a learner of a kind starts from: this adapter, with cores where they are what it trains."""
+    if kind != "dp_lora_sb":
+        return adapter
+    layers = {
+        name: dataclasses.replace(one, core=np.eye(len(one.a), dtype=np.float32) + one.a[:, : len(one.a)])
+        for name, one in adapter.layers.items()
+    }
+    return dataclasses.replace(adapter, layers=layers)
+
+
+class Kept:
+    """A drawer in memory."""
+
+    def __init__(self) -> None:
+        self.rounds: dict[int, Any] = {}
+
+    def latest(self, before: int) -> Any:
+        earlier = [number for number in self.rounds if number < before]
+        return self.rounds[max(earlier)] if earlier else None
+
+    def put(self, round_number: int, arrays: Any) -> None:
+        self.rounds[round_number] = arrays
 
 
 @dataclass
@@ -68,28 +104,31 @@ class Recording:
 @dataclass(frozen=True)
 class Observed:
     """One run of a learner. `sums`: what was to be noised, step by step, in float64. `seen`: what AdamW got of it,
-    times the public normaliser. Shapes: (steps, trained coordinates)."""
+    times the public normaliser. Shapes: (steps, active coordinates), with zeros behind a step of fewer; `kept` is what
+    stayed in the drawer."""
 
     noise: Any
     sums: np.ndarray
     seen: np.ndarray
     release: Adapter
+    coordinates: int
+    kept: Mapping[str, np.ndarray] | None
 
 
 def private_kinds() -> list[str]:
     """Return every `kind` of learner that takes private steps; those without a receipt are `plain_*`.
 
-    Learners that take none (vectors, votes, texts) have replays of their own, in test_epsvec, test_votes and
-    test_private_decoding_audit.
+    Learners that take none (vectors, votes, texts), or steps of one number each, have replays of their own, in
+    test_epsvec, test_votes, test_private_decoding_audit and test_zeroth_order.
     """
     sections = [one for one in get_args(get_args(AnyLearner)[0]) if "steps" in one.model_fields]
     kinds = [get_args(section.model_fields["kind"].annotation)[0] for section in sections]
-    return [kind for kind in kinds if build(kind, steps=1).private]
+    return [kind for kind in kinds if kind != "zeroth_order" and build(kind, steps=1).private]
 
 
 def build(kind: str, **options: Any) -> Learner:
     section: Any = TypeAdapter(AnyLearner).validate_python({"kind": kind, **options})
-    return section.build()
+    return section.build(1)
 
 
 def rows_of(units: Sequence[Sequence[str]]) -> PrivateRows:
@@ -122,10 +161,21 @@ def observe(
 
     values: dict[str, Any] = {"sample_rate": 0.5, "expected_batch": EXPECTED, "max_tokens": 24, "unit": "record"}
     constants = PublicConstants(**{"max_rows_per_unit": 1, **values, **told})
-    bench = Workbench(model=frozen, codes={"cough": "A cough:"}, noise=noise, system="")
+    drawer = Kept()
+    bench = Workbench(model=frozen, codes={"cough": "A cough:"}, noise=noise, system="", drawer=drawer)
     with pytest.MonkeyPatch.context() as patch, steps_seen() as seen:
         patch.setattr(gaussian, "release", release)
         released = learner(rows, start, learner.announce(constants, NOISE), constants, bench)
     return Observed(
-        noise=noise, sums=np.array(sums), seen=np.array(seen) * constants.expected_batch, release=released.adapter
+        noise=noise,
+        sums=_padded(sums),
+        seen=_padded(seen) * constants.expected_batch,
+        release=released.adapter,
+        coordinates=sum(map(len, sums)),
+        kept=drawer.rounds.get(1),
     )
+
+
+def _padded(steps: Sequence[np.ndarray]) -> np.ndarray:
+    width = max(map(len, steps))
+    return np.array([np.pad(step, (0, width - len(step))) for step in steps])

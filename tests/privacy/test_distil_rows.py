@@ -263,7 +263,7 @@ def section(**how: Any) -> DpDistil:
 
 
 def learn(frozen: FrozenModel, start: Adapter, told: DpDistil, noise: Any = None, count: int = 9) -> Adapter:
-    learner = told.build()
+    learner = told.build(1)
     receipt = learner.announce(constants(), 1.0)
     release: Any = learner(rows(count), start, receipt, constants(), bench_of(frozen, noise or AllRows()))
     return release.adapter
@@ -383,9 +383,9 @@ def test_nothing_computed_of_words_that_change_is_kept(
 
 def test_a_teacher_that_is_not_here_is_found_out_before_anything_is_reserved(tmp_path: Path) -> None:
     with pytest.raises(ModelMissing, match="no-such-model"):
-        section(teacher={"model": "no-such-model"}).build().announce(constants(), 1.0)
+        section(teacher={"model": "no-such-model"}).build(1).announce(constants(), 1.0)
     with pytest.raises(ConfigInvalid, match=r"teacher\.adapter: no PEFT adapter"):
-        section(teacher={"adapter": str(tmp_path)}).build().announce(constants(), 1.0)
+        section(teacher={"adapter": str(tmp_path)}).build(1).announce(constants(), 1.0)
 
 
 def test_a_teachers_adapter_is_read_from_its_folder(

@@ -68,7 +68,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 
 def learn(frozen: FrozenModel, start: Adapter, rows: PrivateRows, noise: Any, **changes: Any) -> Adapter:
-    learner = DpLora(kind="dp_lora", steps=STEPS, clip_norm=CLIP).build()
+    learner = DpLora(kind="dp_lora", steps=STEPS, clip_norm=CLIP).build(1)
     told = constants(**changes)
     bench = Workbench(model=frozen, codes={}, noise=noise, system="")
     return learner(rows, start, learner.announce(told, NOISE), told, bench).adapter
@@ -143,7 +143,7 @@ def test_ten_thousand_rows(frozen: FrozenModel, learned: Callable[[int], Adapter
     """All of them in one step: the sum keeps to its bound, and so do additions in float64."""
     count = 10_000
     texts = [f"row {n % 97} of {n}" for n in range(count)]
-    learner = DpLora(kind="dp_lora", steps=1, clip_norm=CLIP).build()
+    learner = DpLora(kind="dp_lora", steps=1, clip_norm=CLIP).build(1)
     told = constants(max_tokens=16, sample_rate=1.0, expected_batch=count)
     noise = Everyone()
     bench = Workbench(model=frozen, codes={}, noise=noise, system="")

@@ -96,7 +96,7 @@ def release(frozen: FrozenModel, learned: Callable[[int], Adapter]) -> Callable[
         multiplier: float = NOISE,
         **changes: Any,
     ) -> VectorRelease:
-        learner, told = section(**changes).build(), told or constants()
+        learner, told = section(**changes).build(1), told or constants()
         bench = Workbench(model=frozen, codes={}, noise=noise or Silence(), system="", material=sent or material())
         return learner(PrivateRows(some), learned(5), learner.announce(told, multiplier), told, bench)  # type: ignore[return-value]
 
@@ -370,7 +370,7 @@ def test_same_simulated_stream_same_release(release: Callable[..., VectorRelease
 
 
 def test_the_receipt_is_one_gaussian(release: Callable[..., VectorRelease]) -> None:
-    learner = section().build()
+    learner = section().build(1)
     event = Gaussian(noise_multiplier=2.5, clip_norm=CLIP, count=1)
     expected = (DpReceipt(event=event, unit="patient", relation="add_or_remove_one"),)
     assert learner.announce(constants(unit="patient", sample_rate=0.01), 2.5) == expected
@@ -382,7 +382,7 @@ def test_the_receipt_is_one_gaussian(release: Callable[..., VectorRelease]) -> N
 def test_receipts_of_something_else_are_refused(
     frozen: FrozenModel, learned: Callable[[int], Adapter], change: str
 ) -> None:
-    learner = section().build()
+    learner = section().build(1)
     (receipt,) = learner.announce(constants(), NOISE)
     assert isinstance(receipt.event, Gaussian)
     others = {
@@ -414,7 +414,7 @@ def _exact_delta(mu: float, epsilon: float) -> float:
 @pytest.mark.parametrize("delta", [1e-5, 1e-3])
 def test_the_certificate_is_that_of_one_gaussian_not_of_a_gaussian_by_layer(multiplier: float, delta: float) -> None:
     """The closed form is the oracle. k releases with a clip each are mu = sqrt(k) / m, and the PLD agrees there too."""
-    receipts = section().build().announce(constants(), multiplier)
+    receipts = section().build(1).announce(constants(), multiplier)
     epsilon = pld.epsilon(receipts, delta)
     assert _exact_delta(1 / multiplier, epsilon) == pytest.approx(delta, rel=2e-2)
     assert _exact_delta(1 / multiplier, epsilon - 1e-3) > delta * (1 - 1e-6)  # within the accountant's grid
@@ -474,7 +474,7 @@ def test_whatever_the_server_sends_the_clip_holds(frozen: FrozenModel, factor: f
     }
     scales = {layer: float(10 ** rng.uniform(-3, 3)) for layer in LAYERS}
     sent |= {f"{layer}/scale": np.array([scale], np.float32) for layer, scale in scales.items()}
-    learner = section().build()
+    learner = section().build(1)
     bench = Workbench(model=frozen, codes={}, noise=Silence(), system="", material=material(**sent))
     receipts = learner.announce(constants(), NOISE)
     found = learner(PrivateRows(rows(1)), None, receipts, constants(), bench)  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def test_a_bucket_for_a_vanishing_number_of_units_is_refused() -> None:
     """At expected_units 1e-40 the clip underflowed, and one row in an empty bucket always drew the same token."""
     with pytest.raises(ConfigInvalid, match="expected_units"):
         parse(InvisibleInk, INK | {"expected_units": 1e-40})
-    learner = parse(InvisibleInk, INK | {"temperature": 0.05}).build()
+    learner = parse(InvisibleInk, INK | {"temperature": 0.05}).build(1)
     with pytest.raises(PolicyRefusal, match=r"a clip of .* is left for every score"):
         learner.announce(CONSTANTS, 1e6)
     with pytest.raises(PolicyRefusal, match=r"a clip of .* is left"):

@@ -33,7 +33,7 @@ def measured(frozen: FrozenModel, monkeypatch: pytest.MonkeyPatch) -> tuple[floa
 
     Along the difference of the two sums a Gaussian mechanism of mu guesses right with probability Phi(mu / 2).
     """
-    learner: Any = PeVotes.model_validate({"kind": "pe_votes", "embedder": {"kind": "local"}}).build()
+    learner: Any = PeVotes.model_validate({"kind": "pe_votes", "embedder": {"kind": "local"}}).build(1)
     bench = Workbench(
         model=frozen, codes={}, noise=SecureNoise(), system="", material=Material(texts=POPULATION), secret=b""
     )

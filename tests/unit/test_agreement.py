@@ -40,7 +40,7 @@ def test_the_table_says_what_every_learner_sends() -> None:
     found = {}
     for section in members(AnyLearner):
         kind = kind_of(section)
-        found[kind] = section(kind=kind, **MINIMAL.get(kind, {"steps": 1})).build().release_kind
+        found[kind] = section(kind=kind, **MINIMAL.get(kind, {"steps": 1})).build(1).release_kind
     assert found == agreement.RELEASED
 
 

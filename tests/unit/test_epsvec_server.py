@@ -255,7 +255,7 @@ def test_the_site_s_half_answers_what_the_server_s_half_asks(section: Callable[.
 
 def site(lab: Lab, material: Material, texts: Sequence[str], level: float = 1e-6) -> VectorRelease:
     """Return what a site with these rows of all classes releases, with hardly any noise."""
-    learner = SiteSection(kind="epsvec", layers=LAYERS).build()
+    learner = SiteSection(kind="epsvec", layers=LAYERS).build(1)
     told = PublicConstants(sample_rate=0.5, expected_batch=4, max_tokens=24, max_rows_per_unit=1, unit="record")
     rows = [
         PrivateRow(instruction=text, output="", code=CODES[n % 3].id, unit=text) for n, text in enumerate(sorted(texts))

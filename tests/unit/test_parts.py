@@ -116,12 +116,12 @@ def test_an_upload_brings_what_moved_and_the_rest_is_the_broadcasts(factors: Any
         name: dataclasses.replace(one, **{factor: getattr(trained.layers[name], factor) for factor in factors})
         for name, one in start.layers.items()
     }
-    adapter = transport.rounded(dataclasses.replace(start, layers=layers), factors, precision)
+    adapter = transport.rounded(dataclasses.replace(start, layers=layers), factors, precision, start)
     asked = ReleaseSpec(factors=factors, precision=precision)
     upload = Upload(site="inn", round=1, release=AdapterRelease(adapter=adapter), receipts=None, spent=0.0)
     spec = lora.spec_like(start)
 
-    content = wire.pack_reply(upload, asked)
+    content = wire.pack_reply(upload, asked, start)
     found = wire.unpack_reply(content, spec, asked, (), start)
 
     assert isinstance(found, Upload)

@@ -67,7 +67,7 @@ def row(text: str, code: str = "skin", unit: str = "") -> PrivateRow:
 
 def learner(**changes: Any) -> VoteCounter:
     section: dict[str, Any] = {"kind": "pe_votes", "embedder": {"kind": "local"}, **changes}
-    built: Any = TypeAdapter(AnyLearner).validate_python(section).build()
+    built: Any = TypeAdapter(AnyLearner).validate_python(section).build(1)
     return built
 
 

@@ -444,7 +444,7 @@ class BabblingLab(FakeLab):
 def _rounds(frozen: FrozenModel, noise: float) -> list[float]:
     """Play six rounds with both halves; return how near the private texts are to what is kept of their code."""
     one = evolution(BabblingLab(), population=48, keep=6)
-    learner = PeVotes(kind="pe_votes", embedder=LocalStates(kind="local")).build()
+    learner = PeVotes(kind="pe_votes", embedder=LocalStates(kind="local")).build(1)
     rows = PrivateRows(
         [PrivateRow(instruction=text, output="", code=code, unit=str(n)) for n, (code, text) in enumerate(PRIVATE * 4)]
     )

@@ -15,10 +15,12 @@ from clients.learners import AnyLearner
 from clients.learners.plain_lora import PlainLora
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.stages import PublicConstants, Workbench
+from fl_app import factors, zeroth_order
 from fl_app.errors import ConfigInvalid
 from fl_app.privacy.noise import SecureNoise
 from strategies import reach
-from strategies.reach import UpdateCap, bounds, norm, read_cap
+from strategies.reach import bounds, norm, read_cap
+from tests.privacy.replay import FACTORS, Kept, begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +70,7 @@ def test_no_gradients_carry_a_factor_beyond_the_cap(kind: str, steps: int, size:
 
     end = _descend(start, _gradients(kind, steps, rng) * size, lr=0.01, decay=0.1)
 
-    assert norm(end - start) <= read_cap(learner).of("a", start)
+    assert norm(end - start) <= read_cap(learner).of_round(1).of("a", start)
 
 
 @given(seed=st.integers(0, 2**32), steps=st.integers(1, 20), lr=st.floats(1e-8, 1.0), decay=st.floats(0.0, 3.0))
@@ -81,7 +83,7 @@ def test_nor_do_any_others(seed: int, steps: int, lr: float, decay: float) -> No
 
     end = _descend(start, gradients, lr=lr, decay=decay)
 
-    assert norm(end - start) <= read_cap(learner).of("b", start)
+    assert norm(end - start) <= read_cap(learner).of_round(1).of("b", start)
 
 
 def test_the_cap_is_not_far_above_what_can_be_reached() -> None:
@@ -89,7 +91,7 @@ def test_the_cap_is_not_far_above_what_can_be_reached() -> None:
     start = np.zeros((2, 3), np.float32)
     for steps, kind, share in ((1, "constant", 0.98), (100, "growing", 0.4)):
         end = _descend(start, _gradients(kind, steps, np.random.default_rng(0)), lr=0.01)
-        cap = read_cap({"kind": "dp_lora", "steps": steps, "learning_rate": 0.01}).of("a", start)
+        cap = read_cap({"kind": "dp_lora", "steps": steps, "learning_rate": 0.01}).of_round(1).of("a", start)
         assert share * cap <= norm(end) <= cap
 
 
@@ -112,19 +114,23 @@ def test_steps_by_hand() -> None:
     [(0.1, 0.0, 5, 0.0), (0.1, 1.0, 2, 0.19), (1.0, 1.0, 3, 1.0), (1.0, 1.5, 3, 2.0), (1.0, 2.5, 3, math.inf)],
 )
 def test_weight_decay_by_hand(rate: float, decay: float, steps: int, share: float) -> None:
-    cap = read_cap({"kind": "dp_lora", "steps": steps, "learning_rate": rate, "weight_decay": decay})
+    cap = read_cap({"kind": "dp_lora", "steps": steps, "learning_rate": rate, "weight_decay": decay}).of_round(1)
 
-    assert cap.decay == pytest.approx(share)
+    assert cap.reaches["a"].decay == pytest.approx(share)
 
 
 def test_a_frozen_factor_may_not_move_at_all() -> None:
-    cap = read_cap({"kind": "dp_ffa_lora", "steps": 3})
+    cap = read_cap({"kind": "dp_ffa_lora", "steps": 3}).of_round(1)
 
     assert cap.of("a", np.ones((2, 2), np.float32)) == 0.0
     assert cap.of("b", np.ones((2, 2), np.float32)) > 0.0
 
 
 # --- it knows the learners there are
+
+
+def kind_of(section: Any) -> str:
+    return get_args(section.model_fields["kind"].annotation)[0]
 
 
 def _sections() -> list[Any]:
@@ -135,11 +141,18 @@ def _sections() -> list[Any]:
 def test_every_learner_is_known_with_its_own_defaults() -> None:
     fields = reach._Learner.model_fields
 
-    assert {get_args(section.model_fields["kind"].annotation)[0] for section in _sections()} == {*reach.TRAINS}
+    assert {kind_of(section) for section in _sections()} == {*factors.OF_KIND, *factors.CHOOSE}
     for section in _sections():
-        for name in ("learning_rate", "weight_decay"):
-            assert fields[name].default == section.model_fields[name].default
-        assert issubclass(section, DpStepsSection | PlainLora)  # all that end their steps with AdamW
+        kind = kind_of(section)
+        assert fields["learning_rate"].default == section.model_fields["learning_rate"].default
+        if kind != "zeroth_order":
+            assert fields["weight_decay"].default == section.model_fields["weight_decay"].default
+            assert issubclass(section, DpStepsSection | PlainLora)  # all that end their steps with AdamW
+        if "b_learning_rate_factor" in section.model_fields:
+            assert reach.B_FACTORS[kind] == section.model_fields["b_learning_rate_factor"].default
+        if "schedule" in section.model_fields:
+            assert section.model_fields["schedule"].default == "both"
+    assert {*reach.B_FACTORS} == {kind_of(s) for s in _sections() if "b_learning_rate_factor" in s.model_fields}
 
 
 @pytest.mark.parametrize("table", [{}, {"kind": "dp_lora"}, {"kind": "dp_adafactor", "steps": 1}])
@@ -148,23 +161,68 @@ def test_a_learner_that_is_not_known_has_no_cap(table: dict[str, Any]) -> None:
         read_cap(table)
 
 
-@pytest.mark.parametrize("kind", list(reach.TRAINS))
+MOVES = {
+    "dp_lora": ("ab", "ab"),
+    "dp_ffa_lora": ("b", "b"),
+    "dp_rolora": ("b", "a"),
+    "dp_la_lora": ("ab", "ab"),
+    "dp_lora_sb": ("c", "c"),
+    "dp_fedsa_lora": ("a", "a"),
+    "dp_distil": ("ab", "ab"),
+    "plain_lora": ("ab", "ab"),
+    "zeroth_order": ("ab", "ab"),
+}
+"""The first letters of what the uploads of rounds 1 and 2 may differ in from the broadcast."""
+
+
+@pytest.mark.parametrize("kind", list(MOVES))
 @pytest.mark.parametrize("multiplier", [0.8, 1e4])
+@pytest.mark.parametrize("number", [1, 2])
 def test_what_a_learner_releases_is_below_the_cap_at_any_noise(
-    kind: str, multiplier: float, frozen: FrozenModel, learned: Callable[[int], Adapter]
+    kind: str, multiplier: float, number: int, frozen: FrozenModel, learned: Callable[[int], Adapter]
 ) -> None:
-    (section,) = [one for one in _sections() if get_args(one.model_fields["kind"].annotation) == (kind,)]
-    learner = section(kind=kind, steps=5, learning_rate=0.05).build()
+    (section,) = [one for one in _sections() if kind_of(one) == kind]
+    learner = section(kind=kind, steps=5, learning_rate=0.05).build(number)
     constants = PublicConstants(sample_rate=0.5, expected_batch=2, max_tokens=24, max_rows_per_unit=1, unit="record")
     rows = PrivateRows([PrivateRow(instruction=f"row {n}", output="yes", code="c", unit=str(n)) for n in range(4)])
-    bench = Workbench(model=frozen, codes={"c": "A cough:"}, noise=SecureNoise(), system="")
-    start = learned(3)
+    bench = Workbench(model=frozen, codes={"c": "A cough:"}, noise=SecureNoise(), system="", drawer=Kept())
+    start = begin(learned(3), kind)
 
     release = learner(rows, start, learner.announce(constants, multiplier), constants, bench)
 
-    cap: UpdateCap = read_cap({"kind": kind, "steps": 5, "learning_rate": 0.05})
+    cap = read_cap({"kind": kind, "steps": 5, "learning_rate": 0.05}).of_round(number)
+    assert cap.trains == tuple(FACTORS[letter] for letter in MOVES[kind][number - 1])
+    assert cap.by_scalars == (kind == "zeroth_order")
     for layer, began in start.layers.items():
-        for factor in ("a", "b"):
+        for factor in ("a", "b", "core") if kind == "dp_lora_sb" else ("a", "b"):
             moved = norm(getattr(release.adapter.layers[layer], factor) - getattr(began, factor))
             assert moved <= cap.of(factor, getattr(began, factor))
-            assert (moved > 0) == (factor in reach.TRAINS[kind])
+            assert (moved > 0) == (factor[0] in MOVES[kind][number - 1])
+
+
+def test_turns_by_steps_are_counted_and_b_is_faster() -> None:
+    """Five steps: b has three of them, at twice the rate, and a two."""
+    table = {"kind": "dp_la_lora", "steps": 5, "learning_rate": 0.1}
+    found = read_cap(table).of_round(1).reaches
+    assert found["a"].coordinate == pytest.approx(0.1 * bounds(2))
+    assert found["b"].coordinate == pytest.approx(0.2 * bounds(3))
+    found = read_cap({**table, "b_learning_rate_factor": 0.5}).of_round(1).reaches
+    assert found["b"].coordinate == pytest.approx(0.05 * bounds(3))
+    assert "a" not in read_cap({**table, "steps": 1}).of_round(1).reaches
+
+
+def test_a_schedule_of_ones_own_choice_is_heard() -> None:
+    table = {"kind": "plain_lora", "steps": 3, "schedule": "core"}
+    assert read_cap(table).of_round(1).trains == ("core",)
+    with pytest.raises(ConfigInvalid, match="schedule = 'all'"):
+        read_cap({**table, "schedule": "all"})
+
+
+def test_zeroth_order_steps_reach_as_far_as_the_largest_byte_goes() -> None:
+    """Every scalar the largest, every direction the same: the walk is straight, and just below the cap."""
+    table = {"kind": "zeroth_order", "steps": 4, "learning_rate": 0.01}
+    cap = read_cap(table).of_round(1)
+    z = np.random.default_rng(0).standard_normal((300, 400)).astype(np.float32)
+    moved = norm(4 * 0.01 * zeroth_order.LARGEST * z)
+    assert 0.95 * cap.of("a", np.zeros_like(z)) <= moved <= cap.of("a", np.zeros_like(z))
+    assert moved * 1.05 > cap.of("a", np.zeros_like(z))  # the twin: five hundredths more are too far

@@ -28,7 +28,7 @@ from fl_app.types import (
     Upload,
     VectorRelease,
 )
-from strategies.reach import UpdateCap
+from strategies.reach import Reach, UpdateCap, read_cap
 from strategies.validate import RULES, Rejection, broken_rule, cost_of, unreadable
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ def _adapter(moved: float = 0.25, **changes: Any) -> Adapter:
 
 
 START = Broadcast(run="run-a", round=2, adapter=_adapter(0.0), config_digest="d" * 64)
-CAP = UpdateCap(steps=1, reach=0.5)
+REACH = Reach(steps=1, coordinate=0.5)
+CAP = UpdateCap(steps=1, reaches={"a": REACH, "b": REACH})
+WIDE = dataclasses.replace(CAP, reaches=dict.fromkeys(("a", "b"), dataclasses.replace(REACH, coordinate=2.0)))
 """A quarter is well within it; a tensor of n numbers may move by a little more than half sqrt(n)."""
 
 
@@ -209,11 +211,33 @@ def test_the_whole_update_has_a_cap_of_its_own() -> None:
 
 
 def test_a_factor_that_no_step_trains_comes_back_as_it_was() -> None:
-    only_b = dataclasses.replace(CAP, trains=("b",))
+    only_b = dataclasses.replace(CAP, reaches={"b": REACH})
     kept = {name: dataclasses.replace(one, b=_adapter().layers[name].b) for name, one in START.adapter.layers.items()}
 
     assert _rule(_upload(), cap=only_b) == "norm: q.a moved, and no step trains it"
     assert _rule(_with_adapter(layers=kept), cap=only_b) == ""
+
+
+def test_a_factor_whose_turn_it_is_not_comes_back_as_it_was() -> None:
+    """RoLoRA: b in odd rounds, a in even ones."""
+    run = read_cap({"kind": "dp_rolora", "steps": 1, "learning_rate": 1.0})
+    moved_b = {
+        name: dataclasses.replace(one, b=_adapter().layers[name].b) for name, one in START.adapter.layers.items()
+    }
+
+    assert _rule(_with_adapter(layers=moved_b), cap=run.of_round(1)) == ""
+    assert _rule(_with_adapter(layers=moved_b), cap=run.of_round(2)) == "norm: q.b moved, and no step trains it"
+
+
+def test_a_zeroth_order_update_has_one_scalar_a_step() -> None:
+    cap = dataclasses.replace(CAP, by_scalars=True)
+    for scalars in (None, np.zeros(2, np.float32), np.zeros((1, 1), np.float32)):
+        release = dataclasses.replace(_upload().release, scalars=scalars)
+        assert _rule(_upload(release=release), cap=cap) == (
+            "shape: scalars a zeroth-order update is 1 scalars, one a step"
+        )
+    release = dataclasses.replace(_upload().release, scalars=np.ones(1, np.float32))
+    assert _rule(_upload(release=release), cap=cap) == ""
 
 
 # --- what holds no noise
@@ -245,11 +269,9 @@ def test_one_number_that_moved_makes_another_adapter() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-40, -1e-45], ids=str)
 def test_a_trained_factor_of_zeros_and_denormals_is_named(value: float) -> None:
-    wide = dataclasses.replace(CAP, reach=2.0)
-
-    assert _rule(_moved("v.a", lambda part: part * 0 + value), cap=wide).startswith("zero: v.a holds zeros and denorm")
+    assert _rule(_moved("v.a", lambda part: part * 0 + value), cap=WIDE).startswith("zero: v.a holds zeros and denorm")
     assert _rule(_moved("v.a", lambda part: part * 0 + value), cap=None).startswith("zero: v.a holds zeros and denorm")
-    assert _rule(_moved("v.a", lambda part: part * 0 + 2e-38), cap=wide) == ""
+    assert _rule(_moved("v.a", lambda part: part * 0 + 2e-38), cap=WIDE) == ""
 
 
 def test_some_zeros_and_denormals_among_numbers_are_sound() -> None:
@@ -257,7 +279,7 @@ def test_some_zeros_and_denormals_among_numbers_are_sound() -> None:
         part[0, :] = [0.0, -0.0, 1e-40, 1.0]
         return part
 
-    assert _rule(_moved("v.a", some), cap=dataclasses.replace(CAP, reach=2.0)) == ""
+    assert _rule(_moved("v.a", some), cap=WIDE) == ""
 
 
 def test_a_release_seen_before_is_a_replay() -> None:

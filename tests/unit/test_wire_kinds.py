@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.types import (
     Adapter,
+    AdapterRelease,
     Broadcast,
     CodedText,
     DpReceipt,
@@ -177,3 +179,19 @@ def test_files_give_back_what_was_released(kind: str, tmp_path: Any) -> None:
     release, survey = releases.load(tmp_path / "box")
     assert releases.sha256(release, survey) == releases.sha256(SENT[kind], SURVEY)
     assert releases.sha256(release, survey) != releases.sha256(SENT[kind])
+
+
+def test_scalars_stay_beside_the_adapter_that_they_made(tmp_path: Any) -> None:
+    """A resend comes from these files, and it is the scalars that travel."""
+    factors = LoraFactors(a=np.ones((2, 4), np.float32), b=np.ones((4, 2), np.float32))
+    sent = AdapterRelease(adapter=Adapter(layers={"m.q": factors}, alpha=4.0, base="b" * 64))
+    scalars = np.array([0.5, -0.25, 0.0], np.float32)
+    releases.save(dataclasses.replace(sent, scalars=scalars), None, tmp_path / "box", base_name="tiny")
+    found, _ = releases.load(tmp_path / "box")
+    assert isinstance(found, AdapterRelease)
+    assert found.scalars is not None
+    np.testing.assert_array_equal(found.scalars, scalars)
+    releases.save(sent, None, tmp_path / "plain", base_name="tiny")
+    plain, _ = releases.load(tmp_path / "plain")
+    assert isinstance(plain, AdapterRelease)
+    assert plain.scalars is None
