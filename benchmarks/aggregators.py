@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import aggregators_figures
 import numpy as np
+import record
 from cells import DATA, FIRST_LAYER, REAL_DTYPE, REAL_MODEL, ROOT, TARGETS, Table, lines, play, write_lines, write_tree
 
 from fl_app import factors
@@ -86,21 +87,8 @@ METHODS = {
 DECISIVE = ("fedit", "ffa_lora", "flora", "fedex_lora", "fed_sb_32", "rolora")
 ALWAYS_NOISY = ("zeroth_order",)
 
-RATES: dict[tuple[str, bool], float] = {
-    ("both", False): 1e-2,
-    ("both", True): 1e-2,
-    ("b", False): 1e-2,
-    ("b", True): 1e-2,
-    ("rounds", False): 1e-2,
-    ("rounds", True): 1e-2,
-    ("steps", False): 1e-2,
-    ("steps", True): 1e-2,
-    ("core", False): 3e-2,
-    ("core", True): 3e-2,
-    ("zeroth", True): 1e-2,
-}
-REAL_RATES: dict[str, float] = {"both": 3e-3, "b": 3e-3, "rounds": 3e-3, "core": 9e-3}
-"""Learning rates by schedule, and for the small model by DP: the best of `aggregators_rates.py`."""
+TUNED_BY = {"both": "fedit", "b": "ffa_lora", "rounds": "rolora", "steps": "la_lora", "core": "fed_sb_32"}
+"""Schedule -> the method on which its learning rate was tuned; a method that was tuned itself has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,19 +101,25 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Corpus:
-    """Where rows come from (`read` gives the sites' and the exam's), and the sizes of a run on them."""
+class Sizes:
+    """Sizes of a run, of a site's round, and of a row."""
 
-    read: Callable[[], tuple[list[Row], list[Row]]]
-    model: str
-    dtype: str
-    first_layer: int
     rounds: int
     steps: int
     batch: int
+    """The expected one, of a step at a site."""
     max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Where rows come from (`read` gives the sites' and the exam's), and what is done with them."""
+
+    read: Callable[[], tuple[list[Row], list[Row]]]
+    base: Base
+    sizes: Sizes
     exam: Mapping[str, Any]
-    splits: tuple[Split, ...]
+    splits: tuple[Split, ...] = ("shards",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,42 +169,37 @@ def _headlines() -> tuple[list[Row], list[Row]]:
     return of("private"), of("eval")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A base model and the decoder block from which on it is adapted."""
+
+    name: str
+    dtype: Literal["float32", "bfloat16"]
+    first_layer: int
+
+
+SMALL = Base(name=str(ROOT / "build" / "small-model"), dtype="float32", first_layer=0)
+REAL = Base(name=REAL_MODEL, dtype=REAL_DTYPE, first_layer=FIRST_LAYER)
+REAL_SIZES = Sizes(rounds=4, steps=6, batch=24, max_tokens=96)
 CORPORA = {
     "small": Corpus(
         read=_letters,
-        model=str(ROOT / "build" / "small-model"),
-        dtype="float32",
-        first_layer=0,
-        rounds=5,
-        steps=6,
-        batch=16,
-        max_tokens=80,
+        base=SMALL,
+        sizes=Sizes(rounds=5, steps=6, batch=16, max_tokens=80),
         exam={"free_items": 120, "choice_items": 0},
         splits=("iid", "shards"),
     ),
     "finance": Corpus(
         read=_headlines,
-        model=REAL_MODEL,
-        dtype=REAL_DTYPE,
-        first_layer=FIRST_LAYER,
-        rounds=4,
-        steps=6,
-        batch=24,
-        max_tokens=96,
+        base=REAL,
+        sizes=REAL_SIZES,
         exam={"free_items": 60, "choice_items": 100, "calibrate": True},
-        splits=("shards",),
     ),
     "embedded": Corpus(
         read=_letters,
-        model=REAL_MODEL,
-        dtype=REAL_DTYPE,
-        first_layer=FIRST_LAYER,
-        rounds=4,
-        steps=6,
-        batch=24,
-        max_tokens=96,
+        base=REAL,
+        sizes=REAL_SIZES,
         exam={"free_items": 60, "choice_items": 0},
-        splits=("shards",),
     ),
 }
 
@@ -252,6 +241,7 @@ def _exam_items(corpus: Corpus, rows: list[Row]) -> list[dict[str, Any]]:
 def write_config(cell: Cell, folder: Path) -> Path:
     """Write the sites' rows, the exam and the configuration of a cell."""
     corpus, method = CORPORA[cell.corpus], METHODS[cell.method]
+    base, sizes = corpus.base, corpus.sizes
     train, test = corpus.read()
     folder.mkdir(parents=True, exist_ok=True)
     told = [
@@ -262,13 +252,13 @@ def write_config(cell: Cell, folder: Path) -> Path:
     write_lines(folder / "exam.jsonl", _exam_items(corpus, test))
 
     tree = read_tree(f"configs/methods/{method.file}.toml")
-    tree["run"] = {"rounds": corpus.rounds, "seed": cell.seed, "mode": "simulation"}
-    tree["model"] = {"name": corpus.model, "dtype": corpus.dtype}
+    tree["run"] = {"rounds": sizes.rounds, "seed": cell.seed, "mode": "simulation"}
+    tree["model"] = {"name": base.name, "dtype": base.dtype}
     tree["lora"] |= {
         "rank": method.rank,
         "alpha": ALPHA * method.rank / RANK,
         "targets": TARGETS,
-        "first_layer": corpus.first_layer,
+        "first_layer": base.first_layer,
     }
     tree["client"]["learner"] = _learner(cell, corpus, tree["client"]["learner"])
     server = tree["server"]
@@ -283,7 +273,7 @@ def write_config(cell: Cell, folder: Path) -> Path:
     server.pop("ranks", None)  # the methods that plan ranks by memory: here each is listed, or the same
     if method.mixed:
         server["ranks"] = {"kind": "listed", "ranks": MIXED}
-    rate = SITES * corpus.batch / len(train)
+    rate = SITES * sizes.batch / len(train)
     tree["simulation"] |= {
         "corpus": str(folder / "private.jsonl"),
         "code_column": "code",
@@ -293,8 +283,8 @@ def write_config(cell: Cell, folder: Path) -> Path:
             "epsilon": EPSILON,
             "delta": DELTA,
             "sample_rate": rate,
-            "expected_batch": corpus.batch,
-            "max_tokens": corpus.max_tokens,
+            "expected_batch": sizes.batch,
+            "max_tokens": sizes.max_tokens,
             "min_noise_multiplier": 0.05,
             "max_noise_multiplier": 100.0,
             "non_private": not cell.private,
@@ -306,14 +296,26 @@ def write_config(cell: Cell, folder: Path) -> Path:
 def _learner(cell: Cell, corpus: Corpus, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return the method's learner in this table's sizes, or plain LoRA with its schedule."""
     schedule = factors.schedule_of(own)
-    rated = "zeroth" if own["kind"] == "zeroth_order" else schedule
-    tuned = RATES[rated, cell.private] if cell.corpus == "small" else REAL_RATES[schedule]
-    rate = cell.rate or tuned
-    sizes = {"steps": corpus.steps, "learning_rate": rate, "learns": "answer", "micro_batch_tokens": 2048}
+    rate = cell.rate or tuned_rate(cell, schedule)
+    sizes = {"steps": corpus.sizes.steps, "learning_rate": rate, "learns": "answer", "micro_batch_tokens": 2048}
     if not cell.private:
         return {"kind": "plain_lora", "schedule": schedule, **sizes}
     clip = {} if own["kind"] == "zeroth_order" else {"clip_norm": CLIP_NORM}
     return {**own, **sizes, **clip}
+
+
+def tuned_rate(cell: Cell, schedule: str) -> float:
+    """Return the best rate of `aggregators_rates.py` for a cell: the least bits per byte on the seed of all tuning.
+
+    Raises: LookupError when it was not measured.
+    """
+    small = cell.corpus == "small"
+    scores = aggregators_figures.rate_scores(record.lines("aggregators_rates"))
+    for method in (cell.method, TUNED_BY[schedule]):
+        found = scores.get(("small" if small else "embedded", method, cell.private and small))
+        if found:
+            return min(found, key=found.__getitem__)
+    raise LookupError(f"{cell.name}: no learning rate was tuned for it; run benchmarks/aggregators_rates.py first")
 
 
 def measure(cell: Cell) -> dict[str, Any]:

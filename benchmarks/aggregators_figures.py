@@ -111,3 +111,13 @@ def closed_form(method: str, uploads: Sequence[Sequence[Adapter]]) -> dict[str, 
         case _:
             return None
     return {"up": float(FLOAT_BYTES * sites * up), "down": float(FLOAT_BYTES * sites * down)}
+
+
+def rate_scores(tuned: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, bool], dict[float, float]]:
+    """Return bits per byte by learning rate, for each (corpus, method, DP), of the last line of tuned rates."""
+    found: dict[tuple[str, str, bool], dict[float, float]] = {}
+    for one in tuned[-1]["cells"] if tuned else []:
+        if "failed" not in one:
+            scores = found.setdefault((one["corpus"], one["method"], one["private"]), {})
+            scores[one["rate"]] = one["exam"]["bits_per_byte"][0]
+    return found

@@ -137,8 +137,8 @@ def main() -> int:
     commit = record.commit()
     rows: list[dict[str, Any]] = []
     for corpus in ("small", "finance"):
-        one = CORPORA[corpus]
-        frozen = models.load(one.model, "bfloat16" if one.dtype == "bfloat16" else "float32")
+        one = CORPORA[corpus].base
+        frozen = models.load(one.name, one.dtype)
         section = LoraSection(rank=RANK, alpha=ALPHA, targets=tuple(TARGETS), first_layer=one.first_layer)
         spec = lora.spec_of(frozen, section)
         for sites in (1, SITES):

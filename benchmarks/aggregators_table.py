@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import record
+from aggregators_figures import rate_scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +44,22 @@ SPLITS = {"iid": "rows at random", "shards": "label shards"}
 METRICS = {"bits_per_byte": "bits per byte (lower is better)", "choice_accuracy": "multiple choice"}
 HIGHER = ("choice_accuracy",)
 REFERENCE = "fedit"
+TRAFFIC = (
+    "Bytes of adapters in a whole run, all sites together: on the wire, and as the method's closed form says",
+    "(`aggregators_figures.closed_form`: four bytes a number, what did not change is not sent again). What is",
+    "above 1 are names and headers of arrays, which weigh where arrays are small. FLoRIST's download hangs on the",
+    "spectrum, and mixed ranks and zeroth order have no entry here.",
+    "",
+    "| model | method | up | up / closed form | down | down / closed form |",
+    "|---|---|---|---|---|---|",
+)
+RATES = (
+    "Bits per byte on a seed of its own, rows at random, by learning rate; the least is taken",
+    "(`benchmarks/aggregators_rates.py`). Where it stands at an end of its three, a better one may lie beyond.",
+    "",
+    "| model | tuned on | DP | rate: bits per byte |",
+    "|---|---|---|---|",
+)
 EXACT = 1e-5
 """Relative errors below are float32's, not the method's."""
 
@@ -163,6 +180,7 @@ def page() -> str:
     for group in groups:
         body += [f"## {group.title}", "", *_group(group), ""]
     body += ["## Traffic", "", *_traffic(groups), "", "## Noise in the product", "", *_noise(), ""]
+    body += ["## Learning rates", "", *_rates(), ""]
     failed = [one for one in cells if "failed" in one]
     commits = ", ".join(dict.fromkeys(one["commit"] for one in cells))
     body += [f"{len(cells)} cells, {len(failed)} of them failed. Commits {commits}.", ""]
@@ -194,16 +212,16 @@ def _choice(groups: Sequence[Group]) -> list[str]:
     out += [
         "",
         f"- Exact in every round of every cell: {', '.join(exact) or 'none'}. The largest error of a round is",
-        f"  {errors[worst]:.2g} ({NAMES[worst]}). Whether exactness shows in the score is what the rows above say: where a",
-        "  method that is not exact is best or not told apart from the best, it did not.",
+        f"  {errors[worst]:.2g} ({NAMES[worst]}). Whether exactness shows in the score is what the rows above",
+        "  say: where a method that is not exact is best or not told apart from the best, it did not.",
     ]
     if ups:
         least = sorted(ups, key=ups.__getitem__)[:3]
         told = ", ".join(f"{NAMES[method]} {ups[method] / 1e6:.3g} MB" for method in least)
         out += [
             f"- Least sent by the sites, small model, whole run: {told}; FedIT",
-            f"  {ups.get(REFERENCE, math.nan) / 1e6:.3g} MB. Take the first of them that the row of your case does not tell",
-            "  apart from the best.",
+            f"  {ups.get(REFERENCE, math.nan) / 1e6:.3g} MB. Take the first of them that the row of your case does",
+            "  not tell apart from the best.",
         ]
     out += [
         "- Sites of different ranks: the tables show FLoRA, FlexLoRA and zero-padding with the same five ranks.",
@@ -258,15 +276,7 @@ def _first_and_last(errors: Sequence[Sequence[float | None]]) -> str:
 
 
 def _traffic(groups: Sequence[Group]) -> list[str]:
-    out = [
-        "Bytes of adapters in a whole run, all sites together: on the wire, and as the method's closed form says",
-        "(`aggregators_figures.closed_form`: four bytes a number, what did not change is not sent again). What is",
-        "above 1 are names and headers of arrays, which weigh where arrays are small. FLoRIST's download hangs on the",
-        "spectrum, and mixed ranks and zeroth order have no entry here.",
-        "",
-        "| model | method | up | up / closed form | down | down / closed form |",
-        "|---|---|---|---|---|---|",
-    ]
+    out = list(TRAFFIC)
     seen: set[tuple[str, str]] = set()
     for group in groups:
         for method, told in group.lines.items():
@@ -306,6 +316,19 @@ def _noise() -> list[str]:
             f"| {model} | {row['sites']} | {row['case']} | {row['drawn']:,.0f} +- {1.96 * row['error']:,.0f} | "
             f"{row['formula']:,.0f} | {row['drawn'] / most:.3f} |"
         )
+    return out
+
+
+def _rates() -> list[str]:
+    out = list(RATES)
+    for (corpus, method, private), scores in rate_scores(record.lines("aggregators_rates")).items():
+        least = min(scores, key=scores.__getitem__)
+        told = [
+            f"**{rate:g}: {score:.3f}**" if rate == least else f"{rate:g}: {score:.3f}"
+            for rate, score in sorted(scores.items())
+        ]
+        model = "small model" if corpus == "small" else "SmolLM2-135M"
+        out.append(f"| {model} | {NAMES[method]} | {'yes' if private else 'no'} | {', '.join(told)} |")
     return out
 
 

@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import record
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-REAL_MODEL, REAL_DTYPE = "smollm2-135m-instruct", "bfloat16"
+REAL_MODEL = "smollm2-135m-instruct"
+REAL_DTYPE: Literal["bfloat16"] = "bfloat16"
 FIRST_LAYER = 20
 """The decoder block from which on the real model is adapted."""
 LOG_END = 400
