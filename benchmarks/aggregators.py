@@ -38,6 +38,7 @@ from cells import DATA, FIRST_LAYER, REAL_DTYPE, REAL_MODEL, ROOT, TARGETS, Tabl
 from fl_app import factors
 from fl_app.config import read_tree
 from fl_app.seeds import stream
+from simulations.corpora import CorpusRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -92,15 +93,6 @@ TUNED_BY = {"both": "fedit", "b": "ffa_lora", "rounds": "rolora", "steps": "la_l
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A row of a site or of the exam."""
-
-    instruction: str
-    output: str
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Sizes of a run, of a site's round, and of a row."""
 
@@ -113,9 +105,9 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Where rows come from (`read` gives the sites' and the exam's), and what is done with them."""
+    """Where rows come from (`read` gives the sites' and the exam's, labels as codes), and what is done with them."""
 
-    read: Callable[[], tuple[list[Row], list[Row]]]
+    read: Callable[[], tuple[list[CorpusRow], list[CorpusRow]]]
     base: Base
     sizes: Sizes
     exam: Mapping[str, Any]
@@ -140,17 +132,18 @@ class Cell:
         return f"{told}-{self.rate:g}" if self.rate else told
 
 
-def _letters() -> tuple[list[Row], list[Row]]:
+def _letters() -> tuple[list[CorpusRow], list[CorpusRow]]:
     from simulations.corpus.write import write_corpus
 
     folder = WORK / "formulary"
     if not (folder / "private.jsonl").is_file():
         write_corpus(folder)
     rows = [
-        Row(
+        CorpusRow(
+            id=one["id"],
             instruction=f"Write a letter from the {one['house']} to the formulary.",
             output=one["instruction"],
-            label=one["house"],
+            code=one["house"],
         )
         for one in lines(folder / "private.jsonl")
     ]
@@ -158,10 +151,15 @@ def _letters() -> tuple[list[Row], list[Row]]:
     return rows[:-600], rows[-600:]
 
 
-def _headlines() -> tuple[list[Row], list[Row]]:
-    def of(name: str) -> list[Row]:
+def _headlines() -> tuple[list[CorpusRow], list[CorpusRow]]:
+    def of(name: str) -> list[CorpusRow]:
         return [
-            Row(instruction=f"{one['instruction']}\n{one['input']}", output=one["output"], label=one["output"])
+            CorpusRow(
+                id=one["id"],
+                instruction=f"{one['instruction']}\n{one['input']}",
+                output=one["output"],
+                code=one["output"],
+            )
             for one in lines(DATA / "finance" / f"{name}.jsonl")
             if one["source"] in {"sentfin", "tfns"}
         ]
@@ -217,11 +215,11 @@ def cells() -> list[Cell]:
     ]
 
 
-def sharded(rows: list[Row], seed: int) -> list[str]:
+def sharded(rows: list[CorpusRow], seed: int) -> list[str]:
     """Return each row's site: rows sorted by label, cut into two pieces a site, pieces dealt at random."""
     rng = stream(seed, "aggregators", "shards")
     shuffled = rng.permutation(len(rows))
-    order = shuffled[np.argsort([rows[int(place)].label for place in shuffled], kind="stable")]
+    order = shuffled[np.argsort([rows[int(place)].code for place in shuffled], kind="stable")]
     sites = [""] * len(rows)
     for piece, dealt in zip(np.array_split(order, 2 * SITES), rng.permutation(2 * SITES), strict=True):
         for place in piece:
@@ -229,7 +227,7 @@ def sharded(rows: list[Row], seed: int) -> list[str]:
     return sites
 
 
-def _exam_items(corpus: Corpus, rows: list[Row]) -> list[dict[str, Any]]:
+def _exam_items(corpus: Corpus, rows: list[CorpusRow]) -> list[dict[str, Any]]:
     """Return the exam: every row as a free answer and, where labels are the answers, as a choice among them."""
     free: list[dict[str, Any]] = [{"question": row.instruction, "answer": row.output} for row in rows]
     if not corpus.exam["choice_items"]:
@@ -245,8 +243,8 @@ def write_config(cell: Cell, folder: Path) -> Path:
     train, test = corpus.read()
     folder.mkdir(parents=True, exist_ok=True)
     told = [
-        {"id": f"r{number}", "instruction": row.instruction, "output": row.output, "site": site, "code": "row"}
-        for number, (row, site) in enumerate(zip(train, sharded(train, cell.seed), strict=True))
+        {"id": row.id, "instruction": row.instruction, "output": row.output, "site": site, "code": "row"}
+        for row, site in zip(train, sharded(train, cell.seed), strict=True)
     ]
     write_lines(folder / "private.jsonl", told)
     write_lines(folder / "exam.jsonl", _exam_items(corpus, test))

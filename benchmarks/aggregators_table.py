@@ -44,7 +44,7 @@ SPLITS = {"iid": "rows at random", "shards": "label shards"}
 METRICS = {"bits_per_byte": "bits per byte (lower is better)", "choice_accuracy": "multiple choice"}
 HIGHER = ("choice_accuracy",)
 REFERENCE = "fedit"
-TRAFFIC = (
+TRAFFIC: tuple[str, ...] = (
     "Bytes of adapters in a whole run, all sites together: on the wire, and as the method's closed form says",
     "(`aggregators_figures.closed_form`: four bytes a number, what did not change is not sent again). What is",
     "above 1 are names and headers of arrays, which weigh where arrays are small. FLoRIST's download hangs on the",
@@ -53,7 +53,7 @@ TRAFFIC = (
     "| model | method | up | up / closed form | down | down / closed form |",
     "|---|---|---|---|---|---|",
 )
-RATES = (
+RATES: tuple[str, ...] = (
     "Bits per byte on a seed of its own, rows at random, by learning rate; the least is taken",
     "(`benchmarks/aggregators_rates.py`). Where it stands at an end of its three, a better one may lie beyond.",
     "",

@@ -13,6 +13,7 @@ import pytest
 from fl_app import lora, peft_files, releases
 from fl_app.origin import ROOT
 from fl_app.types import Adapter, AdapterRelease, LoraFactors
+from simulations.corpora import CorpusRow
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,10 +109,10 @@ def test_closed_forms_by_hand(scripts: Any, method: str, up: int, down: int) -> 
 
 def test_shards_are_equal_and_hold_few_labels(scripts: Any) -> None:
     bench = scripts("aggregators")
-    rows = [bench.Row(instruction="", output=str(n), label="abc"[n % 3]) for n in range(300)]
+    rows = [CorpusRow(id=str(n), instruction="", output="", code="abc"[n % 3]) for n in range(300)]
     sites = bench.sharded(rows, 0)
     assert sorted(Counter(sites).values()) == [60] * 5
-    labels = [{row.label for row, mine in zip(rows, sites, strict=True) if mine == site} for site in set(sites)]
+    labels = [{row.code for row, mine in zip(rows, sites, strict=True) if mine == site} for site in set(sites)]
     assert sum(map(len, labels)) < 5 * 3
     assert sites == bench.sharded(rows, 0)
     assert sites != bench.sharded(rows, 1)
