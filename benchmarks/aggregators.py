@@ -316,6 +316,13 @@ def tuned_rate(cell: Cell, schedule: str) -> float:
     raise LookupError(f"{cell.name}: no learning rate was tuned for it; run benchmarks/aggregators_rates.py first")
 
 
+def ready() -> None:
+    """Write what all cells read, before any two of them begin. Raises: FileNotFoundError without the small model."""
+    _letters()
+    if not (ROOT / "build" / "small-model" / "config.json").is_file():
+        raise FileNotFoundError("build/small-model is not there; make it with: make small-model")
+
+
 def measure(cell: Cell) -> dict[str, Any]:
     """Return the line of a cell. Its rounds and sites are removed when they have been measured: they take gigabytes."""
     folder = WORK / "runs" / cell.name
@@ -336,6 +343,7 @@ def cell_of(line: Mapping[str, Any]) -> Cell:
 
 def main() -> int:
     """Command line; returns the exit code."""
+    ready()
     table = Table(kind="aggregators", work=WORK, cells=cells(), measure=measure, cell_of=cell_of)
     return table.main(__doc__)
 

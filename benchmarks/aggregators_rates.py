@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from aggregators import ALWAYS_NOISY, LOCKED_SEED, WORK, Cell, cell_of, measure
+from aggregators import ALWAYS_NOISY, LOCKED_SEED, WORK, Cell, cell_of, measure, ready
 from cells import Table
 
 USUAL = (3e-3, 1e-2, 3e-2)
@@ -54,6 +54,7 @@ def cells() -> list[Cell]:
 
 def main() -> int:
     """Command line; returns the exit code."""
+    ready()
     return Table(kind="aggregators_rates", work=FOLDER, cells=cells(), measure=measure, cell_of=cell_of).main(__doc__)
 
 

@@ -205,6 +205,24 @@ def test_the_best_is_by_the_sign_of_the_metric_and_level_is_paired(scripts: Any)
         assert "rolora" not in group.lines
 
 
+def test_the_lightest_keeps_nine_tenths_of_the_gain(scripts: Any) -> None:
+    """Base 3.0, best 2.0: 2.09 keeps enough, 2.11 does not, whatever it sends."""
+    table = scripts("aggregators_table")
+    scores = {"fedit": (2.0, 90), "ffa_lora": (2.09, 40), "fed_sb": (2.11, 1), "flora": (2.05, 60)}
+    cells = [
+        {**cell(method, 0, score), "bytes": {"up": up, "down": 1}, "exam_base": {"bits_per_byte": [3.0, 3.0, 3.0]}}
+        for method, (score, up) in scores.items()
+    ]
+    (group,) = table.groups_of(cells)
+    assert group.lightest("bits_per_byte") == "ffa_lora"
+    for one in cells:
+        one["exam_base"] = {"bits_per_byte": [1.5, 1.5, 1.5]}  # nobody gained
+    assert table.groups_of(cells)[0].lightest("bits_per_byte") is None
+    for one in cells:
+        del one["exam_base"]
+    assert table.groups_of(cells)[0].lightest("bits_per_byte") is None
+
+
 def test_the_page_fills_itself_in(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table, record = scripts("aggregators_table"), scripts("record")
     cells = [
