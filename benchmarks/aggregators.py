@@ -178,7 +178,7 @@ class Base:
 
 SMALL = Base(name=str(ROOT / "build" / "small-model"), dtype="float32", first_layer=0)
 REAL = Base(name=REAL_MODEL, dtype=REAL_DTYPE, first_layer=FIRST_LAYER)
-REAL_SIZES = Sizes(rounds=4, steps=6, batch=24, max_tokens=96)
+REAL_SIZES = Sizes(rounds=3, steps=6, batch=16, max_tokens=96)
 CORPORA = {
     "small": Corpus(
         read=_letters,
