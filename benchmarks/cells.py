@@ -149,6 +149,7 @@ class Table(Generic[CellT]):
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(work, left))
-        line = record.append({"kind": self.kind, "cells": lines(file)})
-        sys.stdout.write(json.dumps(line) + "\n")
+        if file.is_file():
+            line = record.append({"kind": self.kind, "cells": lines(file)})
+            sys.stdout.write(json.dumps(line) + "\n")
         return 0
