@@ -73,6 +73,7 @@ class _Capacity(Section):
     memory_mb: Annotated[int, Field(ge=0)] = 0
     first_layer: Annotated[int, Field(ge=0)] = 0
     micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
+    targets: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,80}$")]] = Field(default_factory=list)
 
 
 class SitePolicy(Section):
@@ -86,8 +87,9 @@ class SitePolicy(Section):
     `non_private`: whether a learner without noise may run, after which this ledger never certifies anything again.
 
     [capacity] is what the machine can carry, and public: `memory_mb` for a planner of ranks (0: not said), the decoder
-    block from which on it trains, and the most tokens it computes at once (0: what the configuration asks). None of it
-    moves a result but through the rank and the layers that the server then asks for.
+    block from which on it trains, the most tokens it computes at once (0: what the configuration asks), and the kinds
+    of maps that it adapts (none: all). None of it moves a result but through the rank and the layers that the server
+    then asks for.
     """
 
     site: _Site

@@ -113,14 +113,18 @@ def hello(site: Site) -> Hello:
         spent=ledger.spent(privacy.delta),
         head=public_head(ledger, policy),
         composition=promised.composition,
-        **policy.capacity.model_dump(),
+        memory_mb=policy.capacity.memory_mb,
+        first_layer=policy.capacity.first_layer,
+        micro_batch_tokens=policy.capacity.micro_batch_tokens,
+        targets=tuple(policy.capacity.targets),
     )
 
 
 def probe(site: Site, broadcast: Broadcast, settings: Settings) -> Probe:
     """Return the broadcast model's bits per byte on the public control codes that lie beside the rows.
 
-    Where sites keep a b of their own (`dp_fedsa_lora`) it is this site's own model that is scored.
+    Where sites keep a b of their own (`dp_fedsa_lora`) it is this site's own model that is scored; that b was noised
+    with a, under the receipts of its rounds, so its score costs nothing either.
 
     Public text only: it costs nothing, and a site answers it also when its budget is spent.
     """

@@ -14,7 +14,7 @@ check_origin()
 
 from clients import local_round  # noqa: E402
 from clients.config import read_client  # noqa: E402
-from fl_app import wire  # noqa: E402
+from fl_app import wire, wire_broadcast  # noqa: E402, wire_broadcast
 from fl_app.config import digest, read_tree, shared  # noqa: E402
 from fl_app.errors import PolicyRefusal  # noqa: E402
 from fl_app.types import Refusal  # noqa: E402
@@ -42,7 +42,7 @@ def _settings(context: Context, broadcast: Broadcast) -> local_round.Settings:
 
 def _answer(message: Message, context: Context, work: Callable[..., Upload | Probe]) -> Message:
     site = _site(context)
-    broadcast = local_round.guarded(site, "", 0, lambda: wire.unpack_broadcast(message.content, site.received.find))
+    broadcast = local_round.guarded(site, "", 0, lambda: wire_broadcast.unpack(message.content, site.received.find))
     if isinstance(broadcast, Refusal):
         return Message(wire.pack_reply(broadcast), reply_to=message)
 

@@ -87,8 +87,8 @@ def spec_like(adapter: Adapter) -> LoraSpec:
     )
 
 
-def narrowed(spec: LoraSpec, *, rank: int | None = None, first_layer: int = 0) -> LoraSpec:
-    """Return the spec of a site that carries less: fewer rank components, or only the decoder blocks from one up.
+def narrowed(spec: LoraSpec, *, rank: int | None = None, first_layer: int = 0, targets: Sequence[str] = ()) -> LoraSpec:
+    """Return the spec of a site that carries less: fewer rank components, only blocks from one up, only some maps.
 
     alpha goes with the rank, so that delta_W is scaled alike everywhere.
     Raises: AdapterMismatch when nothing is left, or the rank is not between 1 and the spec's.
@@ -96,11 +96,14 @@ def narrowed(spec: LoraSpec, *, rank: int | None = None, first_layer: int = 0) -
     rank = spec.rank if rank is None else rank
     if not 1 <= rank <= spec.rank:
         raise AdapterMismatch(f"rank {rank} is not between 1 and lora.rank = {spec.rank}")
-    shapes = {name: shape for name, shape in spec.shapes.items() if _block(name) >= first_layer}
+    shapes = {
+        name: shape
+        for name, shape in spec.shapes.items()
+        if _block(name) >= first_layer and (not targets or name.rpartition(".")[2] in targets)
+    }
     if not shapes:
-        raise AdapterMismatch(
-            f"no adapted layer from decoder block {first_layer} up; the adapter has none to leave out"
-        )
+        named = f" among {', '.join(targets)}" if targets else ""
+        raise AdapterMismatch(f"no adapted layer from decoder block {first_layer} up{named}; nothing is left to train")
     alpha = spec.alpha if rank == spec.rank else spec.alpha * rank / spec.rank
     return LoraSpec(shapes=shapes, rank=rank, alpha=alpha, base=spec.base, core=spec.core)
 

@@ -104,8 +104,8 @@ def energy_ranks(parts: Mapping[str, Svd], energy: float) -> dict[str, int]:
 def with_core(adapter: Adapter, rank: int) -> Adapter:
     """Return the best adapter of this rank with cores: b = u, a = v, both orthonormal, core = diag(s) / scaling.
 
-    It changes nothing but the released adapter that it is given, so it costs no privacy: the way to a private basis for
-    Fed-SB, whose published code takes it from raw gradients.
+    It looks at nothing but the released adapter that it is given, so it costs no privacy: the way to a basis under DP
+    for Fed-SB, of which public code takes it from raw gradients of the private rows.
 
     Raises: AdapterMismatch when the adapter has fewer directions than `rank`.
     Source: Fed-SB (Singhal et al. 2025, 2502.15436) begins with the SVD of a first gradient; ours decomposes an adapter

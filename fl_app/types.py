@@ -258,7 +258,8 @@ class Hello:
     this one too. `head` as in `Upload`.
 
     What it can carry, as its owner declares it: `memory_mb` for training, the decoder block from which on it trains,
-    and the tokens it computes at once; 0 says nothing. None of it is a function of the rows.
+    the tokens it computes at once (0 says nothing), and the kinds of maps that it adapts (none: all). None of it is a
+    function of the rows.
     """
 
     site: str
@@ -271,6 +272,7 @@ class Hello:
     memory_mb: int = 0
     first_layer: int = 0
     micro_batch_tokens: int = 0
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,6 +154,7 @@ class PolicyTemplate(Section):
     memory_mb: Annotated[int, Field(ge=0)] = 0
     first_layer: Annotated[int, Field(ge=0)] = 0
     micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
+    targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -169,7 +170,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "simulation",
         "non_private",
     ),
-    "capacity": ("memory_mb", "first_layer", "micro_batch_tokens"),
+    "capacity": ("memory_mb", "first_layer", "micro_batch_tokens", "targets"),
 }
 """The tables of site.toml and the keys of the template that stand in them, in order."""
 

@@ -79,11 +79,14 @@ def check_task(distiller: Any, tuner: Any) -> None:
 
 def schedule(tree: Tree) -> Schedule | None:
     """Return which factors the sites' learner moves; None where it sends no adapter."""
+    return factors.schedule_of(tree["client"]["learner"]) if _kind(tree) in factors.KINDS else None
+
+
+def _kind(tree: Tree) -> str:
+    """Return the kind of [client.learner] as far as there is one."""
     client = tree.get("client")
     learner = client.get("learner") if isinstance(client, dict) else None
-    if not isinstance(learner, dict) or str(learner.get("kind")) not in factors.KINDS:
-        return None
-    return factors.schedule_of(learner)
+    return str(learner.get("kind")) if isinstance(learner, dict) else ""
 
 
 def check_carried(tree: Tree, server: Any) -> None:
@@ -108,6 +111,11 @@ def check_carried(tree: Tree, server: Any) -> None:
         raise ConfigInvalid(
             f"server.aggregator.kind = {aggregator!r} grows in rank and cannot be trained on; to carry it on, write "
             '"stacked" (FLoRA), "residual" (FedEx-LoRA) or "truncated_svd" (FlexLoRA)'
+        )
+    if _kind(tree) == "dp_fedsa_lora" and server.synthesizer.kind != "no_drafts":
+        raise ConfigInvalid(
+            "client.learner.kind = 'dp_fedsa_lora' keeps b at the sites, so the server has no model that writes; write "
+            'server.synthesizer = {kind = "no_drafts"}, or another learner'
         )
     if how == "core" and (server.carries == "target" or server.synthesizer.kind != "no_drafts"):
         raise ConfigInvalid(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fl_app import journal, lora, models, parts, peft_files, text, transport
+from fl_app import journal, lora, low_rank, models, parts, peft_files, text, transport
 from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
@@ -226,6 +226,8 @@ def _chosen_start(shared: SharedConfig, spec: LoraSpec, local: FrozenModel) -> A
             f"lora.start: no PEFT adapter in {folder}; make one with `make professional`, or leave it empty"
         )
     adapter = peft_files.load(folder, base=spec.base)
+    if spec.core and not lora.has_core(adapter):  # Fed-SB's bases out of a former release, which costs nothing anew
+        adapter = low_rank.with_core(adapter, spec.rank)
     lora.check_spec(adapter, spec)
     return adapter
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result, Strategy
 
-from fl_app import lora, wire, wire_arrays
+from fl_app import lora, wire, wire_arrays, wire_broadcast
 from fl_app.errors import StillroomError, WireViolation
 from fl_app.types import Probe, Refusal, Upload
 from strategies.cohort import Cohort, exchange, gather, refresh
@@ -142,7 +142,7 @@ class Knowledge(Strategy):
         return MetricRecord({"bits_per_byte": sum(found) / len(found)}) if found else None
 
     def _target(self, number: int) -> ArrayRecord:
-        arrays = wire.pack_broadcast(self.pipeline.broadcast(number))["arrays"]
+        arrays = wire_broadcast.pack(self.pipeline.broadcast(number))["arrays"]
         assert isinstance(arrays, ArrayRecord)
         return arrays
 
@@ -169,8 +169,8 @@ class Knowledge(Strategy):
             mine = self.pipeline.broadcast_to(site, number)
             key = lora.sha256(mine.adapter)
             if key not in packed:
-                packed[key] = wire.pack_broadcast(mine, precision)
-            content = wire.addressed(packed[key], heads.get(site, ""), self.pipeline.answered.get(site, ()))
+                packed[key] = wire_broadcast.pack(mine, precision)
+            content = wire_broadcast.addressed(packed[key], heads.get(site, ""), self.pipeline.answered.get(site, ()))
             self._bytes_down[site] = wire_arrays.num_bytes(content)
             ttl = self.network.reply_timeout_s
             messages.append(Message(content, node, kind, group_id=str(number), ttl=ttl))

@@ -8,8 +8,9 @@
 | drawn     | one choice for the whole cohort, anew in every round                      | DyLoRA, DP-DyLoRA         |
 
 A site gets the first rank components of the adapter in their own scaling, alpha going with the rank, and may leave
-lower decoder blocks alone (`first_layer` in its site.toml). All of this is public: declared capacities, constants of
-the configuration, and draws from the run's seed. Nobody's rows have a part in it, so a rank tells nothing of them.
+lower decoder blocks, or kinds of maps, alone (`first_layer`, `targets` in its site.toml). All of this is public:
+declared capacities, constants of the configuration, and draws from the run's seed. Nobody's rows have a part in it, so
+a rank tells nothing of them.
 
 With a rank drawn for each site, who took part would show in the coordinates that moved: DyLoRA draws one for all.
 
@@ -107,25 +108,22 @@ class Ranks:
 
         Raises: RoundFailed when no choice fits what the site declares.
         """
-        whole = self.of_round(number)
+        whole = lora.narrowed(self.of_round(number), first_layer=hello.first_layer, targets=hello.targets)
         match self.section:
             case ListedRanks(ranks=ranks):
-                return lora.narrowed(whole, rank=ranks.get(hello.site, whole.rank), first_layer=hello.first_layer)
+                return lora.narrowed(whole, rank=ranks.get(hello.site, whole.rank))
             case MemoryRanks():
-                return lora.narrowed(whole, rank=self._planned(hello), first_layer=hello.first_layer)
+                return lora.narrowed(whole, rank=self._planned(hello, whole))
             case _:
-                return lora.narrowed(whole, first_layer=hello.first_layer)
+                return whole
 
-    def _planned(self, hello: Hello) -> int:
+    def _planned(self, hello: Hello, whole: LoraSpec) -> int:
         assert isinstance(self.section, MemoryRanks)
         choices = sorted(self.section.choices)
         if not hello.memory_mb:  # a site that declares nothing is asked for the least
             return choices[0]
         tokens = min(self.section.micro_batch_tokens, hello.micro_batch_tokens or math.inf)
-        costs = {
-            rank: self.cost(lora.narrowed(self.spec, rank=rank, first_layer=hello.first_layer), int(tokens))
-            for rank in choices
-        }
+        costs = {rank: self.cost(lora.narrowed(whole, rank=rank), int(tokens)) for rank in choices}
         fitting = [rank for rank, cost in costs.items() if cost <= hello.memory_mb << 20]
         if not fitting:
             least = costs[choices[0]] >> 20

@@ -20,7 +20,8 @@ round does not move, or a site does not send, may not differ from the broadcast 
 
 A zeroth-order step moves a factor by learning_rate * |g| * |z|, with g the slope that travels, of at most
 `zeroth_order.LARGEST`, and z public standard normals: of n numbers longer than sqrt(n) + t with probability
-exp(-t^2 / 2) at most (Laurent and Massart 2000). t is taken so that no step of a round is, but once in 10^12 rounds.
+exp(-t^2 / 2) at most (Laurent and Massart 2000). t is taken so that no step of a round makes a factor's z longer, but
+once in 10^12 rounds.
 
 Guarantee: no release of a learner of `clients.learners` is above the cap, whatever its rows, noise and budget.
 Out of scope: a hostile update below the cap. That is for the aggregator.
@@ -51,8 +52,9 @@ BETA_1, BETA_2 = 0.9, 0.999
 B_FACTORS = {"dp_la_lora": 2.0}
 """How much faster than a b learns where the table does not say; of all other kinds as fast."""
 
-SLACK = 1.01
-"""Float32 in the running means: below 1e-4 of a step at a thousand steps. Ten times that again, to be clear of it."""
+SLACK = 1.02
+"""Float32 in the running means is below 1e-4 of a step at a thousand steps, and an update that travels in int8 may be
+off by a 126th of its largest number (`fl_app.transport`): twice both, to be clear of them."""
 
 ROUNDING = 2.0**-23
 """What storing a weight in float32 may add to one step, relative to the weight; twice the true half unit."""

@@ -42,7 +42,7 @@ def score(told: Mapping[str, Any]) -> Score:
 
 def hello(told: Mapping[str, Any]) -> Hello:
     """Return how a site introduced itself."""
-    return Hello(**_with(told, spent=float(told["spent"])))
+    return Hello(**_with(told, spent=float(told["spent"]), targets=tuple(told.get("targets", ()))))
 
 
 def cost(told: Mapping[str, Any] | None) -> ClientLevelCost | None:

@@ -301,6 +301,20 @@ def test_the_start_is_of_the_run_s_spec(kind: str) -> None:
     assert (fault is None) == section.carries, fault
 
 
+DOWN = {"stacked": 8 + 5 * 8, "residual": 8 + 4 * 8, "thresholded_svd": 8 + 5 * 8, "mean_product": 5 * 8}
+"""Ranks that travel down of five sites of rank 8, start and blocks together; 8 for every other kind."""
+
+
+@EVERY
+def test_what_goes_down_is_its_closed_form(kind: str) -> None:
+    """4 bytes x rank x (d_in + d_out) a layer: K r for a stack, (K - 1) r for a residual, and r for what is trained."""
+    merged = _merge(kind, _alike())
+
+    down = lora.num_bytes(merged.start or merged.adapter) + sum(map(lora.num_bytes, merged.blocks))
+
+    assert down == 4 * DOWN.get(kind, 8) * sum(d_in + d_out for d_in, d_out in SHAPES.values())
+
+
 @pytest.mark.parametrize("kind", ["stacked", "thresholded_svd"])
 def test_a_fresh_start_changes_nothing_and_is_the_round_s_own(kind: str) -> None:
     adapters, broadcast = _mixed(), _start(16)

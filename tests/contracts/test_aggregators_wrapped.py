@@ -234,9 +234,8 @@ def test_a_bound_is_its_inner_s_sum_of_cut_products(kind: str, bound: float) -> 
         update = _dense(adapter) - began
         expected += (index + 1) / 21 * min(1.0, bound / float(np.linalg.norm(update))) * update
     assert np.linalg.norm(_dense(merged.adapter) - expected) < 2e-6 * np.linalg.norm(_dense(adapters[-1]))
-    if merged.start is not None:
-        whole = sum((_dense(block) for block in merged.blocks), _dense(merged.start))
-        np.testing.assert_allclose(whole, _dense(merged.adapter), atol=1e-6 * float(np.abs(whole).max()))
+    whole = sum((_dense(block) for block in merged.blocks), _dense(merged.start or merged.adapter))
+    np.testing.assert_allclose(whole, _dense(merged.adapter), atol=1e-6 * float(np.abs(whole).max()))
 
 
 def test_a_bound_of_cut_updates_needs_one_block_more_and_no_further() -> None:

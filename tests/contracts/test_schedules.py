@@ -24,6 +24,7 @@ from fl_app.errors import AdapterMismatch, RunInvalid
 from fl_app.privacy.noise import SimulatedNoise
 from fl_app.seeds import stream
 from fl_app.types import AdapterRelease, Broadcast, Upload
+from fl_app.zeroth_order import decode, encode, replay
 from tests.contracts.test_learners import CLIP, NOISE, STEPS, CountingNoise, constants, some_rows
 from tests.privacy.replay import Kept, begin
 from tests.unit.test_local_round import settings
@@ -357,6 +358,58 @@ def test_a_probe_scores_the_sites_own_model(site_folder: Any, learned: Make, fro
     assert plain == pytest.approx(bits(merged))
     other = dataclasses.replace(asked(1, merged), run="run-b")
     assert local_round.probe(site, other, FEDSA).bits_per_byte == pytest.approx(bits(merged))
+
+
+# --- a whole round over cores and blocks
+
+
+def test_a_site_trains_cores_over_blocks_and_looks_at_both_before_it_spends(site_folder: Any, learned: Make) -> None:
+    site, start = Site(directory=site_folder.directory), begin(learned(5), "dp_lora_sb")
+    told = settings(rounds=4, learner={"kind": "dp_lora_sb", "steps": 2})
+    sound = dataclasses.replace(asked(1, start), blocks=(learned(6), learned(7)))
+    layers = dict(learned(7).layers)
+    first = next(iter(layers))
+    nan = {**layers, first: dataclasses.replace(layers[first], a=layers[first].a * np.float32(np.nan))}
+    fewer = {name: one for name, one in layers.items() if name != first}
+    odd = [dataclasses.replace(learned(7), layers=one) for one in (nan, fewer)]
+    odd += [dataclasses.replace(learned(7), base="f" * 64)]
+    for one in odd:
+        with pytest.raises(AdapterMismatch):
+            local_round.train(site, dataclasses.replace(sound, blocks=(learned(6), one)), told)
+    with pytest.raises(AdapterMismatch, match="core is missing"):
+        local_round.train(site, asked(1, learned(5)), told)
+    with pytest.raises(AdapterMismatch, match="core is none of ours"):
+        local_round.train(site, asked(1, start), settings(rounds=4))
+    assert not site.ledger(site.policy).book().receipts
+    upload = local_round.train(site, sound, told)
+    assert isinstance(upload.release, AdapterRelease)
+    assert moved(upload.release.adapter, start) == "c"
+    bare = local_round.train(site, dataclasses.replace(asked(1, start), run="run-b"), told)
+    assert isinstance(bare.release, AdapterRelease)
+    assert lora.sha256(bare.release.adapter) != lora.sha256(upload.release.adapter)
+
+
+def test_a_zeroth_order_round_is_resent_with_its_scalars(site_folder: Any, learned: Make) -> None:
+    """And it is the walk that the server takes from the scalars, under the names of the upload."""
+    site = Site(directory=site_folder.directory)
+    told = settings(rounds=4, learner={"kind": "zeroth_order", "steps": 3, "learning_rate": 0.01, "clip_norm": 4.0})
+    upload, again = (local_round.train(site, asked(2, learned(5)), told) for _ in range(2))
+    assert isinstance(upload.release, AdapterRelease)
+    assert isinstance(again.release, AdapterRelease)
+    assert upload.release.scalars is not None
+    assert again.release.scalars is not None
+    assert np.array_equal(again.release.scalars, upload.release.scalars)
+    walked = replay(
+        learned(5),
+        decode(encode(upload.release.scalars)),
+        run=upload.run,
+        site=upload.site,
+        round_number=upload.round,
+        learning_rate=0.01,
+        schedule="both",
+    )
+    assert lora.sha256(walked) == lora.sha256(upload.release.adapter) == lora.sha256(again.release.adapter)
+    assert moved(walked, learned(5)) == "ab"
 
 
 # --- the drawer

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fl_app import lora, models, parts, peft_files, wire
+from fl_app import lora, models, parts, peft_files, wire, wire_broadcast
 from fl_app.config import read_tree, shared
 from fl_app.privacy.accountants import pld
 from fl_app.types import (
@@ -197,7 +197,7 @@ KEPT: dict[str, Mapping[str, Floats]] = {}
 
 def read(content: RecordDict) -> Broadcast:
     """Return a broadcast as a site that forgets nothing reads it."""
-    broadcast = wire.unpack_broadcast(content, KEPT.get)
+    broadcast = wire_broadcast.unpack(content, KEPT.get)
     pieces = [parts.part(broadcast.adapter, factor) for factor in parts.of_adapter(broadcast.adapter)]
     KEPT.update((parts.sha256(piece), piece) for piece in [*pieces, *map(parts.arrays_of, broadcast.blocks)])
     return broadcast

@@ -16,7 +16,7 @@ import tomli_w
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients.site import Site
-from fl_app import audit_log, client_app, wire
+from fl_app import audit_log, client_app, wire, wire_broadcast
 from fl_app.config import digest, read_tree
 from fl_app.types import Broadcast, PoissonGaussian, Refusal, Upload
 from simulations.local_grid import FIRST_NODE, LocalGrid
@@ -58,7 +58,7 @@ class Server:
             }
             | more
         )
-        content = wire.pack_broadcast(message)
+        content = wire_broadcast.pack(message)
         if change is not None:
             change(content)
         run_config = {"config": str(self.config), "overrides": overrides, "sites": str(self.site.directory.parent)}
@@ -98,9 +98,9 @@ def server(site_folder: Any, tmp_path: Path, learned: Callable[[int], Adapter]) 
 
 
 def other_base(content: RecordDict) -> None:
-    adapter = wire.unpack_broadcast(content).adapter
-    broadcast = dataclasses.replace(wire.unpack_broadcast(content), adapter=dataclasses.replace(adapter, base="f" * 64))
-    fresh = wire.pack_broadcast(broadcast)
+    adapter = wire_broadcast.unpack(content).adapter
+    broadcast = dataclasses.replace(wire_broadcast.unpack(content), adapter=dataclasses.replace(adapter, base="f" * 64))
+    fresh = wire_broadcast.pack(broadcast)
     for name in ("broadcast", "arrays"):
         content[name] = fresh[name]
 

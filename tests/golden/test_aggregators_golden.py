@@ -54,7 +54,14 @@ def _oracle(adapters: Sequence[Adapter], shares: Sequence[float] | np.ndarray = 
 
 
 def _merge(
-    kind: str, adapters: Sequence[Adapter], *, spec_rank: int = 6, alpha: float = 9.0, seed: int = 0, **options: Any
+    kind: str,
+    adapters: Sequence[Adapter],
+    *,
+    spec_rank: int = 6,
+    alpha: float = 9.0,
+    seed: int = 0,
+    number: int = 1,
+    **options: Any,
 ) -> Merged:
     d_out, d_in = _dense(adapters[0]).shape
     section: Any = TypeAdapter(AnyAggregator).validate_python(
@@ -66,7 +73,7 @@ def _merge(
         for site, adapter in zip(SITES, adapters, strict=False)
     ]
     start = _one(99, rank=spec_rank, alpha=alpha, d_in=d_in, d_out=d_out)
-    return section.build(setting)(uploads, Broadcast(run="run", round=1, adapter=start, config_digest=""))
+    return section.build(setting)(uploads, Broadcast(run="run", round=number, adapter=start, config_digest=""))
 
 
 def _apart(found: np.ndarray, expected: np.ndarray) -> float:
@@ -109,9 +116,9 @@ def test_a_stack_without_a_site_s_rows_is_the_sum_without_the_site() -> None:
 
 
 def test_zero_padding_counts_a_lone_direction_by_the_square_of_its_share() -> None:
-    """By hand: two sites of rank 1 that hold e1 e1', a third of share 1/4 and rank 2 that holds e2 e2' beside it."""
+    """By hand: two sites of rank 1 and scaling 4 hold e1 e1', a third of share 1/4 and rank 2 e2 e2' beside it."""
     unit = np.eye(3, dtype=np.float32)
-    narrow = Adapter(layers={LAYER: LoraFactors(a=unit[:1], b=unit[:, :1])}, alpha=1.0, base="base")
+    narrow = Adapter(layers={LAYER: LoraFactors(a=unit[:1], b=unit[:, :1] / 4)}, alpha=4.0, base="base")
     wide = Adapter(layers={LAYER: LoraFactors(a=unit[:2], b=unit[:, :2])}, alpha=2.0, base="base")
     weights = dict(zip(SITES, [1.0, 2.0, 1.0], strict=False))
     told: dict[str, Any] = {"spec_rank": 2, "alpha": 2.0, "weights": weights}
@@ -437,9 +444,11 @@ def test_where_sites_train_b_alone_no_oversampling_is_needed() -> None:
 def test_a_sketch_is_the_seed_s_and_the_round_s() -> None:
     adapters = _mixed()
 
-    same = [lora.sha256(_merge("sketched_svd", adapters, seed=seed, oversample=2).adapter) for seed in (0, 0, 1)]
+    def drawn(seed: int, number: int) -> str:
+        return lora.sha256(_merge("sketched_svd", adapters, seed=seed, number=number, oversample=2).adapter)
 
-    assert same[0] == same[1] != same[2]
+    assert drawn(0, 1) == drawn(0, 1)
+    assert len({drawn(0, 1), drawn(1, 1), drawn(0, 2)}) == 3
 
 
 # --- what noise on the factors becomes in delta_W

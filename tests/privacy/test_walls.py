@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.private_rows import PrivateRow, PrivateRows
-from fl_app import lora, wire, wire_arrays
+from fl_app import lora, wire, wire_arrays, wire_broadcast
 from fl_app.errors import WireViolation
 from fl_app.origin import ROOT
 from fl_app.types import (
@@ -136,13 +136,14 @@ KEYS = {
         "micro_batch_tokens",
         "site",
         "spent",
+        "targets",
         "unit",
     ],
     "probe": ["bits_per_byte", "items", "round", "site"],
 }
 ARRAYS = ["m.0.q.a", "m.0.q.b", "m.1.v.a", "m.1.v.b"]
 READ: dict[str, Callable[[RecordDict], Message]] = {
-    "broadcast": wire.unpack_broadcast,
+    "broadcast": wire_broadcast.unpack,
     "upload": wire.unpack_reply,
     "refusal": wire.unpack_reply,
     "hello": wire.unpack_hello,
@@ -153,7 +154,7 @@ every_message = pytest.mark.parametrize("name", list(MESSAGES))
 
 def packed(name: str) -> RecordDict:
     message = MESSAGES[name]
-    return wire.pack_broadcast(message) if isinstance(message, Broadcast) else wire.pack_reply(message)
+    return wire_broadcast.pack(message) if isinstance(message, Broadcast) else wire.pack_reply(message)
 
 
 def plain(message: Message) -> dict[str, Any]:
@@ -230,15 +231,15 @@ def refused(name: str, content: RecordDict, words: str = ".") -> None:
 def test_a_broadcast_to_a_site_that_was_never_heard_of_has_no_head() -> None:
     first = dataclasses.replace(MESSAGES["broadcast"], head="")
     assert isinstance(first, Broadcast)
-    assert wire.unpack_broadcast(recorddict_from_proto(recorddict_to_proto(wire.pack_broadcast(first)))).head == ""
+    assert wire_broadcast.unpack(recorddict_from_proto(recorddict_to_proto(wire_broadcast.pack(first)))).head == ""
 
 
 def test_a_broadcast_is_addressed_without_another_copy_of_its_arrays() -> None:
-    content = wire.pack_broadcast(dataclasses.replace(MESSAGES["broadcast"], head=""))  # type: ignore[arg-type]
+    content = wire_broadcast.pack(dataclasses.replace(MESSAGES["broadcast"], head=""))  # type: ignore[arg-type]
     for head in ("", HEAD, "1" * 64):
-        addressed = wire.addressed(content, head)
+        addressed = wire_broadcast.addressed(content, head)
         assert addressed["arrays"] is content["arrays"]
-        assert plain(wire.unpack_broadcast(addressed)) == {**plain(MESSAGES["broadcast"]), "head": head}
+        assert plain(wire_broadcast.unpack(addressed)) == {**plain(MESSAGES["broadcast"]), "head": head}
     assert content["broadcast"]["head"] == ""
 
 
@@ -273,6 +274,7 @@ WRONG: dict[str, list[Any]] = {
     "whole": ["3", 0.5, True, -1, b"x", [1], float("nan")],
     "number": ["3", True, -0.5, float("nan"), float("inf"), -float("inf"), b"x", [1.0]],
     "spending": ["3", True, -0.5, float("nan"), -float("inf"), b"x", [1.0], [float("inf")]],
+    "names": ["q_proj", 3, [1], [0.5], [True], [b"x"], ["x" * 81], ["q"] * 65],
     "alpha": ["8", 8, True, 0.0, -1.0, float("nan"), float("inf"), 1e6, [8.0]],
 }
 KINDS = {
@@ -286,6 +288,7 @@ KINDS = {
     **dict.fromkeys(["round", "items", "memory_mb", "first_layer", "micro_batch_tokens"], "whole"),
     **dict.fromkeys(["epsilon", "delta", "bits_per_byte"], "number"),
     "spent": "spending",
+    "targets": "names",
     "alpha": "alpha",
 }
 
@@ -544,7 +547,7 @@ def test_whatever_arrives_only_wire_violation_is_raised(mutated: tuple[str, Reco
         except WireViolation:
             continue
         assert isinstance(found, tuple(type(message) for message in MESSAGES.values()))
-        again = wire.pack_broadcast(found) if isinstance(found, Broadcast) else wire.pack_reply(found)
+        again = wire_broadcast.pack(found) if isinstance(found, Broadcast) else wire.pack_reply(found)
         assert sorted(again) == sorted(content)
 
 

@@ -240,7 +240,8 @@ def test_sites_of_other_ranks_and_layers_train_what_they_can(workplace: Path) ->
     """Ranks by declared memory, and one site that leaves the first decoder block alone."""
     frozen = models.load("tiny-random", "float32")
     weights = sum(one.numel() * one.element_size() for one in frozen.model.parameters())
-    capacities = f'"site-0"={{memory_mb={(weights >> 20) + 400}}}, "site-1"={{memory_mb=0}}, "site-2"={{first_layer=1}}'
+    roomy, small = (weights >> 20) + 400, 'first_layer=1, targets=["q_proj"]'
+    capacities = f'"site-0"={{memory_mb={roomy}}}, "site-1"={{memory_mb=0}}, "site-2"={{{small}}}'
     more = (
         "server.ranks.micro_batch_tokens=64",
         f"simulation.policy_overrides={{{capacities}}}",
@@ -252,6 +253,7 @@ def test_sites_of_other_ranks_and_layers_train_what_they_can(workplace: Path) ->
     assert {site: lora.rank_of(one) for site, one in sent.items()} == {"site-0": 4, "site-1": 1, "site-2": 1}
     blocks = {site: {name.split(".")[2] for name in one.layers} for site, one in sent.items()}
     assert blocks["site-2"] == blocks["site-0"] - {"0"}
+    assert {name.rpartition(".")[2] for name in sent["site-2"].layers} == {"q_proj"}
     assert {one.alpha / lora.rank_of(one) for one in sent.values()} == {2.0}
     up = summary["bytes"]["up"]
     assert up["site-0"] > up["site-1"] > up["site-2"]

@@ -114,6 +114,7 @@ def test_the_common_configuration_of_all_methods_agrees() -> None:
         ((MIXED, 'server.aggregator={kind="median_factors"}'), "'median_factors' adds or orders coordinate"),
         ((MIXED, f"server.aggregator={CENTRAL}"), "'central_dp' adds or orders coordinate"),
         ((CORE, WRITES), "a tuner would move them"),
+        (('client.learner={kind="dp_fedsa_lora", steps=1}', WRITES), "the server has no model that writes"),
         ((CORE, 'server.carries="target"'), "a tuner would move them"),
         ((CORE, 'server.aggregator={kind="residual"}'), "'residual' takes none: .*; use mean_factors"),
     ],

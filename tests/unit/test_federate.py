@@ -201,6 +201,7 @@ def test_site_toml_has_exactly_the_agreed_keys(tmp_path: Path) -> None:
             "simulation": True,
             "non_private": False,
         },
+        "capacity": {"memory_mb": 0, "first_layer": 0, "micro_batch_tokens": 0, "targets": []},
     }
     assert trees[1]["privacy"]["epsilon"] == 2.0
     assert (trees[1]["limits"]["release_kinds"], trees[1]["limits"]["base_models"]) == (["vector"], ["ab", "cd"])

@@ -119,6 +119,21 @@ def test_the_clipped_sum_is_that_of_a_loop(family: str, blocks: bool, moving: tu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_over_blocks_alone_it_is_that_of_a_loop_too(family: str) -> None:
+    frozen = make(family)
+    start = lora.plain(cored(frozen, family))
+    model, examples = lora.attach(frozen, start, [block(start, 1, 2), block(start, 2, 4)]), some_examples()
+    gradients = by_loop(model, examples)
+    norms = np.linalg.norm(gradients, axis=1, keepdims=True)
+    clip = float(np.median(norms))
+    expected = (gradients * np.minimum(1, clip / norms)).sum(0)
+    assert distance(clipped(model, examples, clip), expected) <= 1e-5
+    assert distance(clipped(model, examples, clip, engine="opacus"), expected) <= 1e-5
+    bare = lora.attach(frozen, start)
+    assert distance(clipped(bare, examples, clip), expected) > 1e-2  # the twin: the blocks are part of the model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_gradient_of_one_row_alone_is_autograds(family: str) -> None:
     model = adapted(family, blocks=True)
     select(model, ("core",))

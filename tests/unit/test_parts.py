@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clients.received import Received
-from fl_app import lora, parts, transport, wire, wire_arrays
+from fl_app import lora, parts, transport, wire, wire_arrays, wire_broadcast
 from fl_app.errors import WireViolation
 from fl_app.types import Adapter, AdapterRelease, Broadcast, LoraFactors, ReleaseSpec, Upload
 
@@ -47,7 +47,7 @@ def same(one: Broadcast, other: Broadcast) -> bool:
 def test_a_whole_broadcast_needs_nothing_that_is_kept(core: bool, precision: Any) -> None:
     adapter, block = (transport.rounded(draw(n, core=core and n == 1), parts.FACTORS, precision) for n in (1, 2))
 
-    found = wire.unpack_broadcast(wire.pack_broadcast(sent(adapter, block), precision))
+    found = wire_broadcast.unpack(wire_broadcast.pack(sent(adapter, block), precision))
 
     assert same(found, sent(adapter, block))
 
@@ -60,39 +60,39 @@ def test_what_did_not_change_does_not_travel(tmp_path: Path) -> None:
     second, new = dataclasses.replace(first, layers=moved), draw(3)
     broadcast = sent(second, block, new, number=2)
 
-    content = wire.addressed(wire.pack_broadcast(broadcast), "", parts.hashes(first, [block]))
+    content = wire_broadcast.addressed(wire_broadcast.pack(broadcast), "", parts.hashes(first, [block]))
 
     assert sorted(content["arrays"]) == ["q.b", "v.b"]
     assert sorted(map(str, content)) == ["arrays", "block-1", "broadcast"]
     numbers = sum(one.b.size for one in second.layers.values()) + 2 * (5 + 3 + 4 + 6)
     assert wire_arrays.num_bytes(content) == 4 * numbers + 6 * HEADER
-    assert same(wire.unpack_broadcast(content, received.find), broadcast)
+    assert same(wire_broadcast.unpack(content, received.find), broadcast)
 
 
 def test_what_is_not_kept_is_named_and_nothing_is_made_up(tmp_path: Path) -> None:
     received = Received(directory=tmp_path / "received")
     broadcast = sent(draw(1), draw(2))
-    content = wire.addressed(wire.pack_broadcast(broadcast), "", parts.hashes(draw(1), [draw(2)]))
+    content = wire_broadcast.addressed(wire_broadcast.pack(broadcast), "", parts.hashes(draw(1), [draw(2)]))
     with pytest.raises(WireViolation, match=r"a did not come, and [0-9a-f]{12} is not kept here; the next round"):
-        wire.unpack_broadcast(content, received.find)
+        wire_broadcast.unpack(content, received.find)
 
     received.keep(broadcast)
     path = min((tmp_path / "received").iterdir())
     path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\x00\x01")  # one number of one part
     with pytest.raises(WireViolation, match="did not come"):
-        wire.unpack_broadcast(content, received.find)
+        wire_broadcast.unpack(content, received.find)
     path.write_bytes(b"no file of arrays")
     with pytest.raises(WireViolation, match="did not come"):
-        wire.unpack_broadcast(content, received.find)
+        wire_broadcast.unpack(content, received.find)
 
 
 def test_another_array_than_the_manifest_names_is_refused() -> None:
-    content = wire.pack_broadcast(sent(draw(1), draw(2)))
-    other = wire.pack_broadcast(sent(draw(1), draw(3)))
+    content = wire_broadcast.pack(sent(draw(1), draw(2)))
+    other = wire_broadcast.pack(sent(draw(1), draw(3)))
     content["block-0"] = other["block-0"]
 
     with pytest.raises(WireViolation, match="block-0 is not the block that the manifest names"):
-        wire.unpack_broadcast(content)
+        wire_broadcast.unpack(content)
 
 
 def test_only_the_last_broadcast_is_kept(tmp_path: Path) -> None:

@@ -88,6 +88,13 @@ def test_one_rank_is_drawn_for_the_cohort_and_all_are_drawn_in_time() -> None:
     assert not drawn.mixed
 
 
+def test_a_site_may_adapt_some_kinds_of_maps_only() -> None:
+    spec = dataclasses.replace(SPEC, shapes={"layers.0.q": (6, 4), "layers.0.v": (6, 4)})
+    assert list(ranked({"kind": "same"}, spec=spec).of_site(hello(targets=("v", "up")), 1).shapes) == ["layers.0.v"]
+    with pytest.raises(AdapterMismatch, match="no adapted layer from decoder block 0 up among up; nothing is left"):
+        ranked({"kind": "same"}, spec=spec).of_site(hello(targets=("up",)), 1)
+
+
 def test_a_site_may_leave_lower_blocks_alone() -> None:
     assert list(ranked({"kind": "same"}).of_site(hello(first_layer=1), 1).shapes) == ["layers.1.q"]
     with pytest.raises(AdapterMismatch, match="no adapted layer from decoder block 2 up"):

@@ -54,8 +54,8 @@ def _adapter(moved: float = 0.25, **changes: Any) -> Adapter:
 START = Broadcast(run="run-a", round=2, adapter=_adapter(0.0), config_digest="d" * 64)
 REACH = Reach(steps=1, coordinate=0.5)
 CAP = UpdateCap(steps=1, reaches={"a": REACH, "b": REACH})
-WIDE = dataclasses.replace(CAP, reaches=dict.fromkeys(("a", "b"), dataclasses.replace(REACH, coordinate=2.0)))
 """A quarter is well within it; a tensor of n numbers may move by a little more than half sqrt(n)."""
+WIDE = dataclasses.replace(CAP, reaches=dict.fromkeys(("a", "b"), dataclasses.replace(REACH, coordinate=2.0)))
 
 
 def _upload(**changes: Any) -> Upload:
@@ -227,6 +227,28 @@ def test_a_factor_whose_turn_it_is_not_comes_back_as_it_was() -> None:
 
     assert _rule(_with_adapter(layers=moved_b), cap=run.of_round(1)) == ""
     assert _rule(_with_adapter(layers=moved_b), cap=run.of_round(2)) == "norm: q.b moved, and no step trains it"
+
+
+def test_of_an_adapter_with_cores_only_the_cores_may_have_moved() -> None:
+    spec = dataclasses.replace(SPEC, core=True)
+    run = read_cap({"kind": "dp_lora_sb", "steps": 1, "learning_rate": 1.0}).of_round(1)
+
+    def cored(adapter: Adapter, value: float) -> Adapter:
+        core = np.full((2, 2), value, np.float32)
+        layers = {name: dataclasses.replace(one, core=core) for name, one in adapter.layers.items()}
+        return dataclasses.replace(adapter, layers=layers)
+
+    def rule(adapter: Adapter) -> str:
+        start = dataclasses.replace(START, adapter=cored(START.adapter, 0.0))
+        upload = _upload(release=AdapterRelease(adapter=adapter))
+        broken = broken_rule(upload, broadcast=start, spec=spec, site=SITE, cap=run)
+        return str(broken) if broken else ""
+
+    assert rule(cored(START.adapter, 0.25)) == ""
+    assert rule(cored(START.adapter, 3.0)).startswith("norm: q.core moved by 6, at most ")
+    assert rule(cored(_adapter(), 0.25)) == "norm: q.a moved, and no step trains it"
+    assert rule(cored(START.adapter, 0.0)) == "replay: is the broadcast itself; a private release holds noise"
+    assert rule(_adapter()).startswith("layers: q.core is missing")
 
 
 def test_a_zeroth_order_update_has_one_scalar_a_step() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ConfigRecord, RecordDict
 
-from fl_app import releases, wire
+from fl_app import releases, wire, wire_broadcast
 from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.types import (
@@ -163,14 +163,14 @@ def test_material_travels_with_a_broadcast_and_an_empty_one_leaves_no_trace() ->
         texts=(CodedText(code="x", text="public"),), vectors={"x/3/centre": np.arange(3, dtype=np.float32)}
     )
     sent = Broadcast(run="r", round=2, adapter=adapter, config_digest="d", material=material)
-    content = wire.addressed(wire.pack_broadcast(sent), "ab" * 32)
-    found = wire.unpack_broadcast(content)
+    content = wire_broadcast.addressed(wire_broadcast.pack(sent), "ab" * 32)
+    found = wire_broadcast.unpack(content)
     assert found.material.texts == material.texts
     assert found.head == "ab" * 32
     np.testing.assert_array_equal(found.material.vectors["x/3/centre"], material.vectors["x/3/centre"])
-    empty = wire.pack_broadcast(Broadcast(run="r", round=2, adapter=adapter, config_digest="d"))
+    empty = wire_broadcast.pack(Broadcast(run="r", round=2, adapter=adapter, config_digest="d"))
     assert {str(name) for name in empty} == {"broadcast", "arrays"}
-    assert not wire.unpack_broadcast(empty).material.texts
+    assert not wire_broadcast.unpack(empty).material.texts
 
 
 @pytest.mark.parametrize("kind", SENT)
