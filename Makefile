@@ -48,7 +48,9 @@ bench-synthesis: setup  ## every way to make private text, one table (about 4 ho
 	PYTHONPATH=. $(BIN)/python benchmarks/synthesis.py $(ARGS)
 
 bench-aggregators: small-model  ## every federated-LoRA method, one table (about 4 hours, 2 cores; goes on where it stopped)
+	PYTHONPATH=. $(BIN)/python benchmarks/aggregators_rates.py
 	PYTHONPATH=. $(BIN)/python benchmarks/aggregators.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/aggregators_noise.py
 
 bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about 20 minutes, one core; goes on)
 	PYTHONPATH=. $(BIN)/python benchmarks/distil_ppl.py $(ARGS)

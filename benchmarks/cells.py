@@ -4,7 +4,8 @@
     table.main(__doc__)             [--jobs 2] [--minutes 60] [--only finance] [--list]
 
 Finished cells are lines of `<work>/cells.jsonl`; a second call does the others, in the order of the table, and with
-`--minutes` no cell begins after that time. Then all finished cells go into `results.jsonl` as one line.
+`--minutes` no cell begins after that time. Then all finished cells go into `results.jsonl` as one line,
+unless its last line of the kind says the same.
 A cell plays the real apps (`play`), so that what it measured is what a user would get.
 """
 
@@ -149,7 +150,9 @@ class Table(Generic[CellT]):
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(work, left))
-        if file.is_file():
-            line = record.append({"kind": self.kind, "cells": lines(file)})
+        found = lines(file) if file.is_file() else []
+        told = record.lines(self.kind)
+        if found and not (told and told[-1]["cells"] == found):
+            line = record.append({"kind": self.kind, "cells": found})
             sys.stdout.write(json.dumps(line) + "\n")
         return 0

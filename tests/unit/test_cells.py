@@ -32,6 +32,7 @@ class Runner:
         self.recorded: list[dict[str, Any]] = []
         record = importlib.import_module("record")
         monkeypatch.setattr(record, "append", lambda line: self.recorded.append(line) or line)
+        monkeypatch.setattr(record, "lines", lambda kind: [one for one in self.recorded if one["kind"] == kind])
         monkeypatch.setattr(record, "commit", lambda: "c0ffee")
         self.table = self.cells.Table(
             kind="numbers",
@@ -62,6 +63,7 @@ def test_a_second_call_does_what_is_left_in_order_and_repeats_no_failure(runner:
     assert runner.began == [1, 3, 2]
     runner.call()
     assert runner.began == [1, 3, 2]
+    assert [len(one["cells"]) for one in runner.recorded] == [1, 3]  # the third call had nothing new to say
     last = runner.recorded[-1]
     assert last["kind"] == "numbers"
     assert [(one["value"], one["commit"], one.get("failed")) for one in last["cells"]] == [
