@@ -1,6 +1,6 @@
 """Runs a table that takes hours: cell by cell, each in a process of its own, and again from where it stopped.
 
-    table = Table(kind="synthesis", work=..., cells=cells(), measure=measure, name_of=...)
+    table = Table(kind="synthesis", work=..., cells=cells(), measure=measure, cell_of=...)
     table.main(__doc__)             [--jobs 2] [--minutes 60] [--only finance] [--list]
 
 Finished cells are lines of `<work>/cells.jsonl`; a second call does the others, in the order of the table, and with
