@@ -25,9 +25,9 @@ GRIDS = {
     "fed_sb": (1e-2, 3e-2, 1e-1),
     "zeroth_order": USUAL,
 }
-REAL = ("fedit", "ffa_lora", "rolora", "fed_sb_32")
-REAL_SHARE = 0.3
-"""Rates of the real model are looked for in the same grids times this."""
+LOWER = (1e-3, 3e-3, 1e-2)
+REAL = {"fedit": LOWER, "ffa_lora": LOWER, "rolora": LOWER, "fed_sb_32": USUAL}
+"""Of the real model, which is wider."""
 FOLDER = WORK / "rates"
 
 
@@ -44,11 +44,7 @@ def cells() -> list[Cell]:
         if private or method not in ALWAYS_NOISY
         for rate in rates
     ]
-    real = [
-        cell("embedded", method, private=False, rate=round(rate * REAL_SHARE, 6))
-        for method in REAL
-        for rate in GRIDS[method]
-    ]
+    real = [cell("embedded", method, private=False, rate=rate) for method, rates in REAL.items() for rate in rates]
     return [*small, *real]
 
 
