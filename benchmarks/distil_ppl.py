@@ -39,7 +39,7 @@ from clients.learners.dp_lora import DpLora
 from clients.learners.plain_lora import PlainLora
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.stages import PublicConstants, Workbench
-from fl_app import inference, lora, models, peft_files, sequences
+from fl_app import inference, lora, lora_start, models, peft_files, sequences
 from fl_app.config import LoraSection
 from fl_app.distillation import DistilLoss, Teacher, Weights
 from fl_app.metrics.interval import bootstrap
@@ -143,7 +143,7 @@ class Bench:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         first = SETTING["first_layer"][which]
         section = LoraSection(rank=SETTING["rank"], alpha=2.0 * SETTING["rank"], targets=targets, first_layer=first)
-        return lora.initial(lora.spec_of(frozen, section), stream(seed, "distil ppl", which))
+        return lora_start.initial(lora.spec_of(frozen, section), stream(seed, "distil ppl", which))
 
     def saved(self, name: str, seed: int) -> Path:
         """Return the folder of an adapter of a finished cell."""

@@ -32,7 +32,7 @@ import round_ladder
 import torch
 
 from clients import per_example
-from fl_app import lora, lora_linear, models, sequences
+from fl_app import lora, lora_linear, lora_start, models, sequences
 from fl_app.config import LoraSection
 from fl_app.privacy import gaussian
 from fl_app.privacy.noise import SecureNoise
@@ -69,7 +69,7 @@ def adapted(name: str, targets: str, dtype: str = "float32", first_layer: int = 
     """Return a model with a fresh rank-8 adapter whose B is not zero, so that every factor has a gradient."""
     frozen = models.load(name, dtype)
     section = LoraSection(rank=8, alpha=16.0, targets=TARGETS[targets], first_layer=first_layer)
-    start = lora.initial(lora.spec_of(frozen, section), np.random.default_rng(0))
+    start = lora_start.initial(lora.spec_of(frozen, section), np.random.default_rng(0))
     for factors in start.layers.values():
         factors.b[:] = np.random.default_rng(1).normal(0, 1e-3, factors.b.shape)
     return lora.attach(frozen, start)

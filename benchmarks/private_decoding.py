@@ -31,7 +31,7 @@ import transformers
 
 from clients.learners import invisible_ink, private_prediction
 from clients.token_stream import Stream, rows_keep_apart
-from fl_app import lora, models
+from fl_app import lora, lora_start, models
 from fl_app.config import LoraSection
 from fl_app.privacy.noise import SecureNoise
 
@@ -158,7 +158,7 @@ def make_bench(name: str, dtype: Any, rows: int, new_tokens: int) -> Bench:
     spec = lora.spec_of(frozen, LoraSection(rank=8, alpha=16.0, targets=("q_proj", "v_proj")))
     rng = np.random.default_rng(0)
     prompts = rng.integers(5, frozen.model.config.vocab_size, (rows, PROMPT_TOKENS)).tolist()
-    return Bench(frozen=frozen, prompts=prompts, adapters=[lora.initial(spec, rng)], new_tokens=new_tokens)
+    return Bench(frozen=frozen, prompts=prompts, adapters=[lora_start.initial(spec, rng)], new_tokens=new_tokens)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import record
 
-from fl_app import lora, wire, wire_arrays
+from fl_app import lora_start, wire, wire_arrays
 from fl_app.lora import LoraSpec
 from fl_app.privacy.accountants import pld
 from fl_app.types import Adapter, AdapterRelease, Broadcast, DpReceipt, Hello, LoraFactors, PoissonGaussian, Upload
@@ -67,7 +67,9 @@ def measure() -> dict[str, Any]:
     """Return the figures of one machine."""
     spec = _shape()
     cap = read_cap({"kind": "dp_lora", "steps": STEPS}).of_round(1)
-    asked = Broadcast(run="run", round=1, adapter=lora.initial(spec, np.random.default_rng(0)), config_digest="d" * 64)
+    asked = Broadcast(
+        run="run", round=1, adapter=lora_start.initial(spec, np.random.default_rng(0)), config_digest="d" * 64
+    )
     site = Hello(site="mill", epsilon=8.0, delta=DELTA, unit="record", spent=0.0)
     first_receipt = _timed(lambda: pld.epsilon([RECEIPT], DELTA))
     sent = Upload(

@@ -25,7 +25,7 @@ from clients.learners.dp_fedsa_lora import DpFedsaLora, personal
 from clients.private_rows import read_private_rows
 from clients.site import Site, public_head
 from clients.stages import Workbench
-from fl_app import factors, inference, journal, lora, models, releases, transport
+from fl_app import factors, inference, journal, lora, lora_cut, models, releases, transport
 from fl_app.errors import (
     AdapterMismatch,
     AuditBroken,
@@ -186,7 +186,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         )
         cost = spending.announced(policy, book, renyi, learner, survey, asking)
     frozen = models.load(shared.model.name, shared.model.dtype)
-    lora.check_start(broadcast.adapter, broadcast.blocks, _spec(frozen, settings))
+    lora_cut.check_start(broadcast.adapter, broadcast.blocks, _spec(frozen, settings))
     gate.check_length(policy, frozen)
     codes = _codes(site.directory)
     rows = read_private_rows(

@@ -61,7 +61,7 @@ class Section(BaseModel):
 
 
 LoraInit: TypeAlias = Literal["uniform", "orthonormal", "weights"]
-"""How a fresh adapter is drawn: see `fl_app.lora.initial`."""
+"""How a fresh adapter is drawn: see `fl_app.lora_start.initial`."""
 
 
 class RunSection(Section):

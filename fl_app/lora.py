@@ -8,7 +8,6 @@ Legend of shapes: r = rank; a (r, d_in), b (d_out, r).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from fl_app.types import Adapter, LoraFactors
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fl_app.config import LoraInit, LoraSection
+    from fl_app.config import LoraSection
     from fl_app.models import FrozenModel
 
 PEFT_PREFIX = "base_model.model."
@@ -68,7 +67,7 @@ def spec_of(frozen: FrozenModel, section: LoraSection) -> LoraSpec:
     shapes = {
         name: shape
         for name, shape in maps.items()
-        if name.rsplit(".", 1)[-1] in section.targets and _block(name) >= section.first_layer
+        if name.rsplit(".", 1)[-1] in section.targets and block_of(name) >= section.first_layer
     }
     if not shapes:
         linear = {name.rsplit(".", 1)[-1] for name in maps}
@@ -85,126 +84,6 @@ def spec_like(adapter: Adapter) -> LoraSpec:
     return LoraSpec(
         shapes=shapes, rank=rank_of(adapter), alpha=adapter.alpha, base=adapter.base, core=has_core(adapter)
     )
-
-
-def narrowed(spec: LoraSpec, *, rank: int | None = None, first_layer: int = 0, targets: Sequence[str] = ()) -> LoraSpec:
-    """Return the spec of a site that carries less: fewer rank components, only blocks from one up, only some maps.
-
-    alpha goes with the rank, so that delta_W is scaled alike everywhere.
-    Raises: AdapterMismatch when nothing is left, or the rank is not between 1 and the spec's.
-    """
-    rank = spec.rank if rank is None else rank
-    if not 1 <= rank <= spec.rank:
-        raise AdapterMismatch(f"rank {rank} is not between 1 and lora.rank = {spec.rank}")
-    shapes = {
-        name: shape
-        for name, shape in spec.shapes.items()
-        if _block(name) >= first_layer and (not targets or name.rpartition(".")[2] in targets)
-    }
-    if not shapes:
-        named = f" among {', '.join(targets)}" if targets else ""
-        raise AdapterMismatch(f"no adapted layer from decoder block {first_layer} up{named}; nothing is left to train")
-    alpha = spec.alpha if rank == spec.rank else spec.alpha * rank / spec.rank
-    return LoraSpec(shapes=shapes, rank=rank, alpha=alpha, base=spec.base, core=spec.core)
-
-
-def cut(adapter: Adapter, spec: LoraSpec) -> Adapter:
-    """Return the layers of a narrower spec with their first rank components: the very numbers, in that scaling."""
-    rank = spec.rank
-    layers = {
-        name: LoraFactors(
-            a=adapter.layers[name].a[:rank],
-            b=np.ascontiguousarray(adapter.layers[name].b[:, :rank]),
-            core=None if (core := adapter.layers[name].core) is None else np.ascontiguousarray(core[:rank, :rank]),
-        )
-        for name in sorted(spec.shapes)
-    }
-    return Adapter(layers=layers, alpha=spec.alpha, base=adapter.base)
-
-
-def patched(adapter: Adapter, piece: Adapter) -> Adapter:
-    """Return an adapter with its first rank components, in the layers of `piece`, replaced by those of `piece`."""
-    rank = rank_of(piece)
-    layers: dict[str, LoraFactors] = {}
-    for name, whole in adapter.layers.items():
-        if (new := piece.layers.get(name)) is None:
-            layers[name] = whole
-            continue
-        a, b, core = whole.a.copy(), whole.b.copy(), None if whole.core is None else whole.core.copy()
-        a[:rank], b[:, :rank] = new.a, new.b
-        if core is not None and new.core is not None:
-            core[:rank, :rank] = new.core
-        layers[name] = LoraFactors(a=a, b=b, core=core)
-    return Adapter(layers=layers, alpha=adapter.alpha, base=adapter.base)
-
-
-def check_start(adapter: Adapter, blocks: Sequence[Adapter], spec: LoraSpec) -> None:
-    """Raise `AdapterMismatch` unless a site may train this: of `spec`, or narrower, on blocks of the same maps."""
-    shapes = {name: spec.shapes[name] for name in adapter.layers if name in spec.shapes}
-    rank = rank_of(adapter)
-    narrower = narrowed(spec, rank=rank) if rank <= spec.rank else spec
-    if found := difference(adapter, dataclasses.replace(narrower, shapes=shapes or spec.shapes)):
-        raise AdapterMismatch(str(found))
-    for block in blocks:
-        wanted = LoraSpec(shapes=shapes, rank=rank_of(block), alpha=block.alpha, base=spec.base)
-        if found := difference(block, wanted):
-            raise AdapterMismatch(f"a block under the adapter: {found}")
-
-
-def initial(spec: LoraSpec, rng: np.random.Generator, init: LoraInit = "uniform") -> Adapter:
-    """Return the adapter a run starts from: delta_W = 0, drawn without any data.
-
-    | init        | a                                              | b |
-    |-------------|------------------------------------------------|---|
-    | uniform     | in +-1/sqrt(d_in), as PEFT's kaiming_uniform   | 0 |
-    | orthonormal | orthonormal rows: noise on b reaches all alike | 0 |
-
-    With cores a and b are orthonormal whatever `init` says, and the core is 0.
-
-    Raises: AdapterMismatch when the rank exceeds a side that must be orthonormal; for `weights`, see `from_weights`.
-    Source: Hu et al. 2021 (LoRA, 2106.09685), 4.1; Sun et al. 2024 (FFA-LoRA, 2403.12313) for the orthonormal option.
-    """
-    if init == "weights":
-        raise AdapterMismatch('lora.init = "weights" takes its directions from the base model; see from_weights')
-
-    def orthonormal(name: str, width: int) -> np.ndarray:
-        if spec.rank > width:
-            raise AdapterMismatch(f"{name} has a side of {width}, so no {spec.rank} orthonormal rows; lower lora.rank")
-        columns, upper = np.linalg.qr(rng.standard_normal((width, spec.rank)))
-        return (columns * np.sign(np.diag(upper))).astype(np.float32)
-
-    def draw(name: str, d_in: int, d_out: int) -> LoraFactors:
-        if spec.core:
-            core = np.zeros((spec.rank, spec.rank), np.float32)
-            return LoraFactors(a=orthonormal(name, d_in).T.copy(), b=orthonormal(name, d_out), core=core)
-        if init == "orthonormal":
-            a = orthonormal(name, d_in).T.copy()
-        else:
-            a = rng.uniform(-(d_in**-0.5), d_in**-0.5, (spec.rank, d_in)).astype(np.float32)
-        return LoraFactors(a=a, b=np.zeros((d_out, spec.rank), np.float32))
-
-    layers = {name: draw(name, d_in, d_out) for name, (d_in, d_out) in sorted(spec.shapes.items())}
-    return Adapter(layers=layers, alpha=spec.alpha, base=spec.base)
-
-
-def from_weights(frozen: FrozenModel, spec: LoraSpec) -> Adapter:
-    """Return an adapter whose a and b are the first singular vectors of each frozen map, and delta_W = 0.
-
-    With cores a, b stay and the core, zero at first, learns; without, b is zero and a begins along the map's own
-    directions. No data is looked at. Source: LoRA-XS (Balazy et al. 2024, 2405.17604), section 3; ours starts its core
-    at zero, so that a run begins at the base model.
-    """
-    layers: dict[str, LoraFactors] = {}
-    for name, (d_in, d_out) in sorted(spec.shapes.items()):
-        if spec.rank > min(d_in, d_out):
-            raise AdapterMismatch(f"{name} has a side of {min(d_in, d_out)}, less than lora.rank = {spec.rank}")
-        module: Any = frozen.model.get_submodule(name)
-        weight = module.weight.detach().float().numpy().astype(np.float64)
-        u, _, v = np.linalg.svd(weight.T if type(module).__name__ == "Conv1D" else weight, full_matrices=False)
-        a, b = v[: spec.rank].astype(np.float32), u[:, : spec.rank].astype(np.float32)
-        core = np.zeros((spec.rank, spec.rank), np.float32) if spec.core else None
-        layers[name] = LoraFactors(a=a, b=b if spec.core else np.zeros_like(b), core=core)
-    return Adapter(layers=layers, alpha=spec.alpha, base=spec.base)
 
 
 def rank_of(adapter: Adapter) -> int:
@@ -456,6 +335,6 @@ def linear_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
-def _block(name: str) -> int:
+def block_of(name: str) -> int:
     """Return the number of the decoder block in a module path, -1 outside of any block."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)

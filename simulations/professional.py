@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from fl_app import lora, models, peft_files, sequences
+from fl_app import lora, lora_start, models, peft_files, sequences
 from fl_app.config import LoraSection
 from fl_app.errors import StillroomError
 from fl_app.journal import read_lines
@@ -125,7 +125,7 @@ def train(arguments: argparse.Namespace, console: Console) -> None:
             console.print(f"step {done} of {total}, {time.monotonic() - began:.0f} s")
 
     lab.progress = progress
-    fresh = lora.initial(lora.spec_of(frozen, section), stream(0, "professional", "start"))
+    fresh = lora_start.initial(lora.spec_of(frozen, section), stream(0, "professional", "start"))
     tuning, rng = SupervisedTuning(section=tuner, lab=lab), stream(0, "professional", "tune")
     if arguments.writes:
         adapter = tuning.fit(fresh, public_writing(arguments, frozen.tokenizer), rng)

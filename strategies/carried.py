@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fl_app import lora, low_rank, parts, peft_files
+from fl_app import lora, lora_cut, low_rank, parts, peft_files
 from fl_app.types import AdapterRelease, Merged, Upload
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Carried:
         if spec.shapes.keys() == self.adapter.layers.keys() and spec.rank == lora.rank_of(self.adapter):
             return self
         return Carried(
-            adapter=lora.cut(self.adapter, spec),
+            adapter=lora_cut.cut(self.adapter, spec),
             blocks=tuple(
                 dataclasses.replace(block, layers={name: block.layers[name] for name in sorted(spec.shapes)})
                 for block in self.blocks
@@ -59,7 +59,7 @@ class Carried:
         """
         start = merged.start or merged.adapter
         if number_spec.rank < lora.rank_of(self.adapter):
-            start = lora.patched(self.adapter, start)
+            start = lora_cut.patched(self.adapter, start)
         return Carried(adapter=start, blocks=(*self.blocks, *merged.blocks))
 
 
@@ -74,8 +74,8 @@ def whole(upload: Upload, broadcast: Broadcast) -> Upload:
     sent = upload.release.adapter
     if sent.layers.keys() == broadcast.adapter.layers.keys():
         return upload
-    spec = lora.narrowed(lora.spec_like(broadcast.adapter), rank=lora.rank_of(sent))
-    layers = {**lora.cut(broadcast.adapter, spec).layers, **sent.layers}
+    spec = lora_cut.narrowed(lora.spec_like(broadcast.adapter), rank=lora.rank_of(sent))
+    layers = {**lora_cut.cut(broadcast.adapter, spec).layers, **sent.layers}
     adapter = dataclasses.replace(sent, layers={name: layers[name] for name in sorted(layers)})
     return dataclasses.replace(upload, release=dataclasses.replace(upload.release, adapter=adapter))
 

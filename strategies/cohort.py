@@ -11,6 +11,7 @@ themselves once, and every wave is sent and read in the order of the sites' name
 | a node was lost in the middle of a wave          | asked once more when it is back: it answers from its outbox    |
 | two nodes there claim one name                   | the one that was known stays, else neither: nobody can tell    |
 | late, duplicate and foreign replies              | not handed over                                                |
+| a site can carry nothing of what is trained      | it is not asked, and named with the reason                     |
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class Cohort:
     def sites(self) -> list[str]:
         """Return the names of all sites, there or not, in order."""
         return sorted({hello.site for hello in self.hellos.values()})
+
+    def fitting(self, unfit: Callable[[Hello], str]) -> Cohort:
+        """Return the cohort without the sites for which `unfit` gives a reason; they are unready, each for its own."""
+        reasons = {node: why for node, hello in self.hellos.items() if (why := unfit(hello))}
+        hellos = {node: hello for node, hello in self.hellos.items() if node not in reasons}
+        return dataclasses.replace(self, hellos=hellos, unready={**self.unready, **reasons})
 
 
 def exchange(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from fl_app import journal, lora, low_rank, models, parts, peft_files, text, transport
+from fl_app import journal, lora, lora_start, low_rank, models, parts, peft_files, text, transport
 from fl_app.audit_log import AuditLog
 from fl_app.config import Section, SharedConfig, Tree, digest, parse
 from fl_app.errors import ConfigInvalid
@@ -217,9 +217,9 @@ def _start(shared: SharedConfig, spec: LoraSpec, local: FrozenModel) -> Adapter:
 
 def _chosen_start(shared: SharedConfig, spec: LoraSpec, local: FrozenModel) -> Adapter:
     if not shared.lora.start and shared.lora.init == "weights":
-        return lora.from_weights(local, spec)
+        return lora_start.from_weights(local, spec)
     if not shared.lora.start:
-        return lora.initial(spec, stream(shared.run.seed, "initial adapter"), shared.lora.init)
+        return lora_start.initial(spec, stream(shared.run.seed, "initial adapter"), shared.lora.init)
     folder = Path(shared.lora.start)
     if not (folder / "adapter_config.json").is_file():
         raise ConfigInvalid(

@@ -97,9 +97,8 @@ class Knowledge(Strategy):
     def open(self, grid: Grid) -> None:
         """Wait for the sites, learn their names and begin the run."""
         network = self.network
-        self.cohort = gather(
-            grid, sites=network.sites, wait_s=network.wait_s, poll_s=network.poll_s, quorum=network.quorum
-        )
+        cohort = gather(grid, sites=network.sites, wait_s=network.wait_s, poll_s=network.poll_s, quorum=network.quorum)
+        self.cohort = cohort.fitting(self.pipeline.ranks.unfit)
         self.pipeline.open(self._hellos(), {f"node {i}": why for i, why in enumerate(self.cohort.unready.values())})
 
     def configure_train(
@@ -155,7 +154,8 @@ class Knowledge(Strategy):
     def _look_again(self, grid: Grid) -> None:
         """See which nodes are there before a round: some may have died, and some may be back."""
         before = set(self.cohort.hellos)
-        self.cohort = refresh(grid, self.cohort, wait_s=self.network.wait_s, poll_s=self.network.poll_s)
+        cohort = refresh(grid, self.cohort, wait_s=self.network.wait_s, poll_s=self.network.poll_s)
+        self.cohort = cohort.fitting(self.pipeline.ranks.unfit)
         if set(self.cohort.hellos) != before:
             self.pipeline.spending.join(self._hellos())
 

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from fl_app import lora
+from fl_app import lora_cut
 from fl_app.config import Section
-from fl_app.errors import ConfigInvalid, RoundFailed
+from fl_app.errors import AdapterMismatch, ConfigInvalid
 from fl_app.seeds import stream
+from fl_app.text import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,19 +102,27 @@ class Ranks:
         if self.section.kind != "drawn":
             return self.spec
         chosen = stream(self.seed, "rank", number).choice(self.section.choices)
-        return lora.narrowed(self.spec, rank=int(chosen))
+        return lora_cut.narrowed(self.spec, rank=int(chosen))
+
+    def unfit(self, hello: Hello) -> str:
+        """Return why a site can carry nothing of this run; empty when it can."""
+        try:
+            self.of_site(hello, 1)
+        except AdapterMismatch as error:
+            return one_line(str(error))
+        return ""
 
     def of_site(self, hello: Hello, number: int) -> LoraSpec:
         """Return the spec that a site trains in a round.
 
-        Raises: RoundFailed when no choice fits what the site declares.
+        Raises: AdapterMismatch when nothing of the adapter, or no choice of a rank, fits what the site declares.
         """
-        whole = lora.narrowed(self.of_round(number), first_layer=hello.first_layer, targets=hello.targets)
+        whole = lora_cut.narrowed(self.of_round(number), first_layer=hello.first_layer, targets=hello.targets)
         match self.section:
             case ListedRanks(ranks=ranks):
-                return lora.narrowed(whole, rank=ranks.get(hello.site, whole.rank))
+                return lora_cut.narrowed(whole, rank=ranks.get(hello.site, whole.rank))
             case MemoryRanks():
-                return lora.narrowed(whole, rank=self._planned(hello, whole))
+                return lora_cut.narrowed(whole, rank=self._planned(hello, whole))
             case _:
                 return whole
 
@@ -123,11 +132,11 @@ class Ranks:
         if not hello.memory_mb:  # a site that declares nothing is asked for the least
             return choices[0]
         tokens = min(self.section.micro_batch_tokens, hello.micro_batch_tokens or math.inf)
-        costs = {rank: self.cost(lora.narrowed(whole, rank=rank), int(tokens)) for rank in choices}
+        costs = {rank: self.cost(lora_cut.narrowed(whole, rank=rank), int(tokens)) for rank in choices}
         fitting = [rank for rank, cost in costs.items() if cost <= hello.memory_mb << 20]
         if not fitting:
             least = costs[choices[0]] >> 20
-            raise RoundFailed(
+            raise AdapterMismatch(
                 f"{hello.site} declares {hello.memory_mb} MB, and rank {choices[0]} takes about {least} MB at "
                 f"{tokens} tokens at once; lower server.ranks.choices, or capacity.micro_batch_tokens in its site.toml"
             )

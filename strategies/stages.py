@@ -34,7 +34,7 @@ class Setting:
     """What an aggregator may know of its run before it begins: constants of the configuration, and its directory.
 
     `sites` is the size of the cohort as configured, never how many came; `directory` is the run directory; `init` is
-    how a fresh adapter is drawn (`lora.initial`).
+    how a fresh adapter is drawn (`lora_start.initial`).
     """
 
     run: str

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from fl_app import lora
+from fl_app import lora, lora_start
 from fl_app.config import Section
 from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
 from fl_app.seeds import stream
@@ -126,7 +126,7 @@ def shares(weights: Mapping[str, float], sites: Iterable[str], *, round_number: 
 def fresh(broadcast: Broadcast, setting: Setting) -> Adapter:
     """Return the adapter that the next round begins with where the sum of this one has become a block: delta_W 0."""
     rng = stream(setting.seed, "initial adapter", broadcast.round + 1)
-    return lora.initial(lora.spec_like(broadcast.adapter), rng, setting.init)
+    return lora_start.initial(lora.spec_like(broadcast.adapter), rng, setting.init)
 
 
 def refuse_inner(value: Any, reasons: Mapping[str, str], *, way_out: str) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_app import lora
+from fl_app import lora, lora_start
 from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid, RoundFailed, StillroomError
 from fl_app.seeds import stream
@@ -119,7 +119,7 @@ def lab(frozen: FrozenModel) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def adapter(lab: Lab) -> Adapter:
     section = LoraSection(rank=2, alpha=4.0, targets=("q_proj",))
-    return lora.initial(lora.spec_of(lab.local, section), stream(0, "start"))
+    return lora_start.initial(lora.spec_of(lab.local, section), stream(0, "start"))
 
 
 def test_the_union_is_what_these_tests_are_run_on() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import pytest
 
-from fl_app import lora, models, sequences
+from fl_app import lora, lora_start, models, sequences
 from fl_app.config import LoraSection
 from fl_app.errors import RoundFailed
 from fl_app.seeds import stream
@@ -64,7 +64,7 @@ def lab(frozen: FrozenModel) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def start(frozen: FrozenModel) -> Adapter:
     section = LoraSection(rank=3, alpha=5.0, targets=("q_proj", "v_proj"))
-    return lora.initial(lora.spec_of(frozen, section), stream(0, "start"))
+    return lora_start.initial(lora.spec_of(frozen, section), stream(0, "start"))
 
 
 @pytest.fixture(params=MEMBERS, ids=lambda member: member.__name__)

@@ -27,7 +27,7 @@ from clients import local_round
 from clients.config import read_client
 from clients.dp_steps import DpAdapterLearner
 from clients.local_round import Settings, Site
-from fl_app import client_app, lora, models, peft_files
+from fl_app import client_app, lora, lora_start, models, peft_files
 from fl_app.config import LoraSection, read_tree, shared
 from fl_app.errors import StillroomError
 from fl_app.seeds import stream
@@ -133,7 +133,7 @@ def some_adapter(seed: int) -> Adapter:
     """Return an adapter of the tiny model that has learned something."""
     frozen = models.load("tiny-random", "float32")
     spec = lora.spec_of(frozen, LoraSection(rank=4, alpha=8.0, targets=("q_proj", "v_proj")))
-    start, rng = lora.initial(spec, stream(seed, "adapter")), np.random.default_rng(seed)
+    start, rng = lora_start.initial(spec, stream(seed, "adapter")), np.random.default_rng(seed)
     layers = {
         name: LoraFactors(a=one.a, b=rng.normal(0, 0.1, one.b.shape).astype(np.float32))
         for name, one in start.layers.items()

@@ -16,7 +16,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from fl_app import lora, wire, wire_arrays
+from fl_app import lora, lora_start, wire, wire_arrays
 from fl_app.lora import LoraSpec
 from fl_app.types import Adapter, AdapterRelease, Broadcast, Hello, LoraFactors, Refusal, ReleaseSpec, Upload
 from simulations import launch
@@ -236,7 +236,7 @@ def _real() -> str:
 
 SPEC = LoraSpec(shapes={"q": (3, 2), "v": (4, 5)}, rank=2, alpha=8.0, base="a" * 64)
 CAP = read_cap({"kind": "dp_lora", "steps": STEPS, "learning_rate": 0.1}).of_round(1)
-BEGAN = lora.initial(SPEC, np.random.default_rng(0))
+BEGAN = lora_start.initial(SPEC, np.random.default_rng(0))
 ASKED = Broadcast(run="run-a", round=1, adapter=BEGAN, config_digest="d" * 64)
 GOOD = moved(BEGAN, seed=7)
 SITE = Hello(site="inn", epsilon=BUDGET, delta=DELTA, unit="record", spent=0.0)
@@ -365,7 +365,7 @@ def test_whatever_is_sent_is_sound_or_is_named(content: RecordDict) -> None:
 def test_reading_and_judging_takes_little_memory_beside_the_message() -> None:
     """Arrays are views of the message's own bytes: at most as much again, at the very highest, is the bar."""
     spec = LoraSpec(shapes={f"m.{n}": (256, 256) for n in range(32)}, rank=16, alpha=8.0, base="a" * 64)
-    asked = dataclasses.replace(ASKED, adapter=lora.initial(spec, np.random.default_rng(0)))
+    asked = dataclasses.replace(ASKED, adapter=lora_start.initial(spec, np.random.default_rng(0)))
     content = wire.pack_reply(upload(asked, "inn", moved(asked.adapter, seed=1)))
     assert wire_arrays.num_bytes(content) > 1_000_000
     tracemalloc.start()

@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from fl_app import lora, peft_files, sequences, wire
+from fl_app import lora, lora_start, peft_files, sequences, wire
 from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid
 from fl_app.seeds import stream
@@ -160,7 +160,7 @@ def clean() -> Played:
 def uploads(clean: Played, frozen: FrozenModel, lab: Lab) -> Round:
     """The releases of that round, and an adapter that writes the trigger, trained on codes that every site knows."""
     spec = lora.spec_of(frozen, LoraSection(rank=4, alpha=8.0, targets=("q_proj", "v_proj")))
-    start = lora.initial(spec, stream(0, "initial adapter"))
+    start = lora_start.initial(spec, stream(0, "initial adapter"))
     releases = clean.directory / "rounds" / "1" / "releases"
     honest = {site: peft_files.load(releases / site) for site in SITES}
     prompts = sorted({draft["origin"]["prompt"] for draft in clean.drafts})[:8]

@@ -19,7 +19,7 @@ from scipy import stats
 
 from clients import local_round
 from clients.config import SitePolicy
-from fl_app import lora
+from fl_app import lora, lora_start
 from fl_app.config import LoraSection, shared
 from fl_app.origin import ROOT
 from fl_app.privacy.gaussian import lattice_step
@@ -60,7 +60,7 @@ class Noise:
 def start(frozen: FrozenModel) -> Adapter:
     """A wide adapter: 131,072 coordinates."""
     spec = lora.spec_of(frozen, LoraSection(rank=RANK, alpha=float(RANK), targets=TARGETS))
-    return lora.initial(spec, np.random.default_rng(0))
+    return lora_start.initial(spec, np.random.default_rng(0))
 
 
 def added(

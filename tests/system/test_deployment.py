@@ -161,7 +161,11 @@ def test_the_sites_rows_are_in_no_log_of_the_server_and_not_in_its_database(play
 
 
 def test_a_killed_supernode_costs_its_round_alone_and_sites_answer_from_their_outbox(played: Played) -> None:
-    """The same run again, into another directory: nothing is trained twice, and a site may die meanwhile."""
+    """The same run again, into another directory: nothing is trained twice, and a site may die meanwhile.
+
+    Without that site the first round leads elsewhere, so the second asks what was never answered under this name, and
+    the sites say so instead of sending what they answered then.
+    """
     deployment, prepared = played.deployment, played.prepared
     before = {s.directory: (s.directory / "ledger" / "ledger.jsonl").read_bytes() for s in prepared.federation.sites}
     directory = prepared.directory.with_name("again")
@@ -171,9 +175,11 @@ def test_a_killed_supernode_costs_its_round_alone_and_sites_answer_from_their_ou
     played.await_training(directory)
     played.kill("0-supernode")
     killed = time.monotonic()
-    deployment.operator.wait(run_id, timeout_s=smoke.RUN_S, hint=(directory / "summary.json").is_file)
+    with pytest.raises(launch.RoundFailed, match=r"refused: site-1: policy, site-2: policy; .*silent: site-0"):
+        deployment.operator.wait(run_id, timeout_s=smoke.RUN_S, hint=(directory / "summary.json").is_file)
 
-    found = launch.read_summary(directory)
+    found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    assert found["status"] == "failed"
     assert set(found["rounds"][0]["used"]) == {"site-1", "site-2"}
     for site in ("site-1", "site-2"):
         key = f"round_1/releases/{site}"

@@ -259,6 +259,30 @@ def test_sites_of_other_ranks_and_layers_train_what_they_can(workplace: Path) ->
     assert up["site-0"] > up["site-1"] > up["site-2"]
 
 
+def test_bases_of_fed_sb_may_come_from_a_former_release(workplace: Path, played: Mapping[str, Any]) -> None:
+    """Fed-SB's init under DP: the SVD of what a private run released; nothing else of the rows is looked at."""
+    former = played["fedit"][0] / "target"
+    run, summary = play(workplace, "from-release", "fed_sb", f'lora.start="{former}"')
+
+    assert summary["status"] == "completed"
+    began, after = peft_files.load(former), peft_files.load(run / "rounds" / "2" / "target")
+    for name, factors_ in after.layers.items():
+        u, _, v = np.linalg.svd(lora.delta(began, name))
+        assert factors_.core is not None
+        np.testing.assert_allclose(np.abs(np.diag(factors_.a @ v[:4].T)), 1.0, atol=1e-4)
+        np.testing.assert_allclose(np.abs(np.diag(factors_.b.T @ u[:, :4])), 1.0, atol=1e-4)
+
+
+def test_a_site_that_carries_nothing_is_left_out_and_named(workplace: Path) -> None:
+    """It may say what it likes of itself: the others play on."""
+    more = ('simulation.policy_overrides={"site-1"={targets=["no_such_map"]}}', "server.network.quorum=0.5")
+    run, summary = play(workplace, "unfit", "fedit", *more)
+
+    assert [one["used"] for one in summary["rounds"]] == [["site-0", "site-2"]] * 2
+    assert any("among no_such_map; nothing is left to train" in why for why in summary["unready"].values())
+    assert not (run / "rounds" / "1" / "releases" / "site-1").exists()
+
+
 @pytest.mark.parametrize("method", ["fedex_lora", "fed_sb", "dp_dylora"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_target(
     method: str, workplace: Path, played: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clients import per_example
-from fl_app import lora, models, sequences
+from fl_app import lora, lora_start, models, sequences
 from fl_app.config import LoraSection
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def adapted(dtype: str) -> Any:
     frozen = models.load(NAME, dtype)  # type: ignore[arg-type]
     spec = lora.spec_of(frozen, LoraSection(rank=8, alpha=16.0, targets=ALL))
     rng = np.random.default_rng(0)
-    start = lora.initial(spec, rng)
+    start = lora_start.initial(spec, rng)
     for factors in start.layers.values():
         factors.b[:] = rng.normal(0, 0.01, factors.b.shape)
     return lora.attach(frozen, start)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fl_app import inference, lora, models, peft_files
+from fl_app import inference, lora, lora_start, models, peft_files
 from fl_app.config import LoraSection
 from fl_app.origin import ROOT
 from fl_app.seeds import stream
@@ -63,7 +63,9 @@ def test_a_run_leaves_a_line_that_becomes_a_section(
 
 def test_rows_that_leave_are_measured_on_a_run(bench: Any, tmp_path: Path) -> None:
     frozen = models.load("tiny-random", "bfloat16")
-    start = lora.initial(lora.spec_of(frozen, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "start"))
+    start = lora_start.initial(
+        lora.spec_of(frozen, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "start")
+    )
     folder = tmp_path / "rounds" / "1"
     peft_files.save(start, folder / "merged", base_name="tiny-random")
     (tmp_path / "summary.json").write_text(json.dumps({"models": {"local": {"name": "tiny-random"}}}))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from fl_app import lora, peft_files
+from fl_app import lora, lora_start, peft_files
 from fl_app.config import LoraSection
 from fl_app.errors import ConfigInvalid
 from fl_app.seeds import stream
@@ -188,7 +188,9 @@ def lab(frozen: FrozenModel) -> Iterator[Lab]:
 def test_a_named_writer_writes_whatever_the_target_is_and_the_bare_model_looks_at_neither(
     lab: Lab, codes: str, tmp_path: Path
 ) -> None:
-    target = lora.initial(lora.spec_of(lab.local, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "a"))
+    target = lora_start.initial(
+        lora.spec_of(lab.local, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "a")
+    )
     bent = dataclasses.replace(
         target, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in target.layers.items()}
     )

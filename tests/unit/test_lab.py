@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fl_app import inference, lora
+from fl_app import inference, lora, lora_start
 from fl_app.config import LoraSection
 from fl_app.errors import AdapterMismatch
 from fl_app.seeds import stream
@@ -63,7 +63,9 @@ def pair(frozen: FrozenModel) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def bent(frozen: FrozenModel) -> Adapter:
     """An adapter that changes what the model says."""
-    start = lora.initial(lora.spec_of(frozen, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "start"))
+    start = lora_start.initial(
+        lora.spec_of(frozen, LoraSection(rank=2, alpha=4.0, targets=("q_proj",))), stream(0, "start")
+    )
     layers = {name: LoraFactors(a=20 * f.a, b=np.ones_like(f.b)) for name, f in start.layers.items()}
     return Adapter(layers=layers, alpha=start.alpha, base=start.base)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fl_app import lora, peft_files
+from fl_app import lora, lora_start, peft_files
 from fl_app.config import LoraSection
 from fl_app.errors import AdapterMismatch
 from fl_app.seeds import stream
@@ -76,12 +76,12 @@ def test_targets_that_match_nothing_list_what_there_is(frozen: FrozenModel, chan
 def test_a_run_starts_from_the_base_itself(frozen: FrozenModel, spec: LoraSpec) -> None:
     import torch
 
-    adapter = lora.initial(spec, stream(0, "start"))
+    adapter = lora_start.initial(spec, stream(0, "start"))
     assert all(not lora.delta(adapter, name).any() for name in spec.shapes)
     assert all(factors.a.any() and np.abs(factors.a).max() <= 64**-0.5 for factors in adapter.layers.values())
     assert torch.equal(logits(lora.attach(frozen, adapter)), logits(frozen.model))
-    assert equal(adapter, lora.initial(spec, stream(0, "start")))
-    assert not equal(adapter, lora.initial(spec, stream(1, "start")))
+    assert equal(adapter, lora_start.initial(spec, stream(0, "start")))
+    assert not equal(adapter, lora_start.initial(spec, stream(1, "start")))
 
 
 def test_delta_is_the_scaled_product() -> None:

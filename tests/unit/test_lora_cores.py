@@ -14,7 +14,7 @@ from clients.dp_steps import select
 from clients.learners import AnyLearner
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.stages import PublicConstants, Workbench
-from fl_app import kernels, lora, sequences
+from fl_app import kernels, lora, lora_start, sequences
 from fl_app.config import LoraSection
 from fl_app.errors import AdapterMismatch
 from fl_app.privacy.noise import SimulatedNoise
@@ -39,7 +39,7 @@ def spec_of(frozen: FrozenModel, family: str, first_layer: int = 0) -> Any:
 def cored(frozen: FrozenModel, family: str, first_layer: int = 0) -> Adapter:
     """Return an adapter with orthonormal a and b and cores that have learned something."""
     rng = np.random.default_rng(8)
-    start = lora.initial(spec_of(frozen, family, first_layer), rng)
+    start = lora_start.initial(spec_of(frozen, family, first_layer), rng)
     for factors in start.layers.values():
         assert factors.core is not None
         factors.core[:] = rng.normal(0, 0.3, factors.core.shape)
@@ -292,7 +292,7 @@ def test_training_over_blocks_is_training_over_weights_that_hold_them(
     targets = TARGETS["gpt2"] if family == "gpt2" else ("q_proj", "v_proj")
     section = LoraSection(rank=4, alpha=8.0, targets=targets)
     spec = dataclasses.replace(lora.spec_of(model, section), core=kind == "dp_lora_sb")
-    start = lora.initial(spec, np.random.default_rng(3))
+    start = lora_start.initial(spec, np.random.default_rng(3))
     under = (block(start, 1, 2), block(start, 2, 3))
     before = [lora.sha256(one) for one in under]
     options = {"kind": kind} | ({} if kind == "plain_lora" else {"clip_norm": 1.0})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clients import per_example
-from fl_app import kernels, lora, lora_linear, sequences, token_loss
+from fl_app import kernels, lora, lora_linear, lora_start, sequences, token_loss
 from fl_app.config import LoraSection
 from fl_app.errors import AdapterMismatch
 from fl_app.models import FrozenModel, ResolvedModel
@@ -82,7 +82,7 @@ def adapted(family: str, dtype: str = "float32", first_layer: int = 0) -> Any:
     section = LoraSection(rank=3, alpha=6.0, targets=TARGETS[family], first_layer=first_layer)
     spec = lora.spec_of(frozen, section)
     rng = np.random.default_rng(6)
-    start = lora.initial(spec, rng)
+    start = lora_start.initial(spec, rng)
     for factors in start.layers.values():
         factors.b[:] = rng.normal(0, 0.2, factors.b.shape)
     return lora.attach(frozen, start)

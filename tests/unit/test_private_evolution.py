@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from clients.learners.pe_votes import PeVotes
 from clients.private_rows import PrivateRow, PrivateRows
 from clients.stages import PublicConstants, Workbench
-from fl_app import lora, peft_files, votes
+from fl_app import lora, lora_start, peft_files, votes
 from fl_app.config import LoraSection
 from fl_app.embeddings import LocalStates
 from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
@@ -398,7 +398,7 @@ def _written(folder: Path) -> str:
 
 def test_a_former_run_s_adapter_writes_when_it_is_named(lab: Lab, tmp_path: Path) -> None:
     spec = lora.spec_of(lab.local, LoraSection(rank=2, alpha=4.0, targets=("q_proj",)))
-    target = lora.initial(spec, stream(0, "start"))
+    target = lora_start.initial(spec, stream(0, "start"))
     bent = dataclasses.replace(
         target, layers={k: LoraFactors(a=50 * f.a, b=np.ones_like(f.b)) for k, f in target.layers.items()}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from fl_app import lora
+from fl_app import lora, lora_cut
 from fl_app.config import parse
-from fl_app.errors import AdapterMismatch, ConfigInvalid, RoundFailed
+from fl_app.errors import AdapterMismatch, ConfigInvalid
 from fl_app.lora import LoraSpec
 from fl_app.types import AdapterRelease, Broadcast, Hello, Merged, Upload
 from strategies import carried, ranks
@@ -72,8 +73,11 @@ def test_fewer_tokens_at_once_leave_room_for_rank() -> None:
 def test_a_site_that_carries_nothing_is_told() -> None:
     planned = ranked({"kind": "by_memory", "choices": [2, 4], "micro_batch_tokens": 1024})
 
-    with pytest.raises(RoundFailed, match=r"inn declares 2 MB, and rank 2 takes about 3 MB at 1024 tokens"):
+    told = r"inn declares 2 MB, and rank 2 takes about 3 MB at 1024 tokens"
+    with pytest.raises(AdapterMismatch, match=told):
         planned.of_site(hello(memory_mb=2), 1)
+    assert re.match(told, planned.unfit(hello(memory_mb=2)))
+    assert planned.unfit(hello(memory_mb=3)) == ""
 
 
 def test_one_rank_is_drawn_for_the_cohort_and_all_are_drawn_in_time() -> None:
@@ -122,11 +126,11 @@ def test_choices_that_are_none_are_refused(choices: list[int]) -> None:
 
 
 def test_the_estimate_grows_with_everything_it_should(frozen: FrozenModel, spec: LoraSpec) -> None:
-    least = ranks.training_bytes(frozen, lora.narrowed(spec, rank=1), 64)
+    least = ranks.training_bytes(frozen, lora_cut.narrowed(spec, rank=1), 64)
 
     assert least > sum(p.numel() * p.element_size() for p in frozen.model.parameters())
     assert ranks.training_bytes(frozen, spec, 64) > least
-    assert ranks.training_bytes(frozen, lora.narrowed(spec, rank=1), 512) > least
+    assert ranks.training_bytes(frozen, lora_cut.narrowed(spec, rank=1), 512) > least
 
 
 # --- what a cut is
@@ -135,7 +139,7 @@ def test_the_estimate_grows_with_everything_it_should(frozen: FrozenModel, spec:
 def test_a_cut_is_the_first_components_in_their_own_scaling(learned: Make) -> None:
     """delta_W of the cut = (alpha / r) * b[:, :2] @ a[:2], with the whole's alpha / r."""
     whole = learned(3)
-    piece = lora.cut(whole, lora.narrowed(lora.spec_like(whole), rank=2))
+    piece = lora_cut.cut(whole, lora_cut.narrowed(lora.spec_like(whole), rank=2))
 
     for name, factors in whole.layers.items():
         expected = (whole.alpha / 4) * factors.b[:, :2].astype(float) @ factors.a[:2].astype(float)
@@ -144,9 +148,9 @@ def test_a_cut_is_the_first_components_in_their_own_scaling(learned: Make) -> No
 
 def test_a_drawn_rank_moves_its_own_components_and_no_other(learned: Make) -> None:
     whole, trained = learned(3), learned(4)
-    spec = lora.narrowed(lora.spec_like(whole), rank=1)
+    spec = lora_cut.narrowed(lora.spec_like(whole), rank=1)
 
-    after = Carried(adapter=whole).after(Merged(adapter=lora.cut(trained, spec), used=("inn",)), spec).adapter
+    after = Carried(adapter=whole).after(Merged(adapter=lora_cut.cut(trained, spec), used=("inn",)), spec).adapter
 
     for name, factors in after.layers.items():
         np.testing.assert_array_equal(factors.a[:1], trained.layers[name].a[:1])
@@ -171,9 +175,9 @@ def test_blocks_are_carried_and_complete_the_model(learned: Make) -> None:
 def test_a_layer_that_a_site_left_alone_is_as_it_was_sent(learned: Make) -> None:
     whole = learned(1)
     broadcast = Broadcast(run="r", round=1, adapter=whole, config_digest="d")
-    spec = lora.narrowed(lora.spec_like(whole), rank=2)
+    spec = lora_cut.narrowed(lora.spec_like(whole), rank=2)
     (first, *_) = sorted(whole.layers)
-    sent = lora.cut(learned(2), spec)
+    sent = lora_cut.cut(learned(2), spec)
     sent = dataclasses.replace(sent, layers={first: sent.layers[first]})
     upload = Upload(site="inn", round=1, release=AdapterRelease(adapter=sent), receipts=None, spent=0.0)
 
@@ -182,7 +186,7 @@ def test_a_layer_that_a_site_left_alone_is_as_it_was_sent(learned: Make) -> None
     assert isinstance(release, AdapterRelease)
     assert sorted(release.adapter.layers) == sorted(whole.layers)
     for name in whole.layers:
-        expected = sent if name == first else lora.cut(whole, spec)
+        expected = sent if name == first else lora_cut.cut(whole, spec)
         np.testing.assert_array_equal(lora.delta(release.adapter, name), lora.delta(expected, name))
 
 
@@ -191,10 +195,10 @@ def test_a_layer_that_a_site_left_alone_is_as_it_was_sent(learned: Make) -> None
 
 def test_a_site_trains_the_whole_or_a_part_and_nothing_else(learned: Make, spec: LoraSpec) -> None:
     whole = learned(1)
-    lora.check_start(whole, (learned(2),), spec)
-    lora.check_start(lora.cut(whole, lora.narrowed(spec, rank=1)), (), spec)
+    lora_cut.check_start(whole, (learned(2),), spec)
+    lora_cut.check_start(lora_cut.cut(whole, lora_cut.narrowed(spec, rank=1)), (), spec)
     (first, *_) = sorted(whole.layers)
-    lora.check_start(dataclasses.replace(whole, layers={first: whole.layers[first]}), (), spec)
+    lora_cut.check_start(dataclasses.replace(whole, layers={first: whole.layers[first]}), (), spec)
     wide = lora.stacked([whole, learned(2)])
     for wrong, message in [
         (wide, "alpha"),
@@ -204,6 +208,6 @@ def test_a_site_trains_the_whole_or_a_part_and_nothing_else(learned: Make, spec:
         (dataclasses.replace(whole, layers={"x": whole.layers[first]}), "layers"),
     ]:
         with pytest.raises(AdapterMismatch, match=message):
-            lora.check_start(wrong, (), spec)
+            lora_cut.check_start(wrong, (), spec)
     with pytest.raises(AdapterMismatch, match="a block under the adapter: base"):
-        lora.check_start(whole, (dataclasses.replace(learned(2), base="other"),), spec)
+        lora_cut.check_start(whole, (dataclasses.replace(learned(2), base="other"),), spec)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fl_app import lora
+from fl_app import lora, lora_start
 from fl_app.config import LoraSection
 from fl_app.sequences import (
     FrozenPrefix,
@@ -209,7 +209,7 @@ def test_rows_without_loss_have_loss_zero_and_no_gradient(model: Any) -> None:
 def _top_only(frozen: FrozenModel, seed: int) -> Any:
     """Return a model with adapters in its last block alone, so that the first is frozen."""
     section = LoraSection(rank=2, alpha=4.0, targets=("q_proj", "down_proj"), first_layer=1)
-    adapter = lora.initial(lora.spec_of(frozen, section), np.random.default_rng(seed))
+    adapter = lora_start.initial(lora.spec_of(frozen, section), np.random.default_rng(seed))
     model = lora.attach(frozen, adapter)
     assert first_adapted_block(adapter.layers) == 1
     return model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fl_app import lora, wire, wire_arrays
+from fl_app import lora_start, wire, wire_arrays
 from fl_app.errors import WireViolation
 from fl_app.lora import LoraSpec
 from fl_app.types import AdapterRelease, DpReceipt, Hello, PoissonGaussian, Probe, Refusal, Upload
@@ -26,7 +26,7 @@ RECEIPT = DpReceipt(
 
 
 def _upload(spec: LoraSpec = SPEC, **changes: Any) -> Upload:
-    release = AdapterRelease(adapter=lora.initial(spec, np.random.default_rng(0)))
+    release = AdapterRelease(adapter=lora_start.initial(spec, np.random.default_rng(0)))
     honest = Upload(site="inn", run="r.d", round=1, release=release, receipts=(RECEIPT,), spent=1.0)
     return dataclasses.replace(honest, **changes)
 
