@@ -30,7 +30,7 @@ import record
 from aggregators import ALPHA, CORPORA, RANK, SITES
 from cells import TARGETS
 
-from fl_app import lora, models
+from fl_app import lora, lora_start, models
 from fl_app.config import LoraSection
 from fl_app.seeds import stream
 from fl_app.types import Adapter, AdapterRelease, Broadcast, LoraFactors, Upload
@@ -69,7 +69,7 @@ CASES = (
 
 def started(spec: LoraSpec, rng: np.random.Generator) -> Adapter:
     """Return an adapter in the middle of training: b, or the core, is as large as a."""
-    fresh = lora.initial(spec, rng, "orthonormal")
+    fresh = lora_start.initial(spec, rng, "orthonormal")
     layers: dict[str, LoraFactors] = {}
     for name, one in fresh.layers.items():
         told = {"core": np.eye(spec.rank, dtype=np.float32)} if one.core is not None else {}
