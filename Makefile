@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding bench-distil bench-synthesis ledger \
+.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding bench-distil bench-synthesis bench-aggregators ledger \
   preflight audit-log check format setup professional corpus export curate clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
@@ -46,6 +46,11 @@ bench-decoding: setup  ## what a token costs under each decoder, against plain g
 
 bench-synthesis: setup  ## every way to make private text, one table (about 4 hours, 2 cores; goes on where it stopped)
 	PYTHONPATH=. $(BIN)/python benchmarks/synthesis.py $(ARGS)
+
+bench-aggregators: small-model  ## every federated-LoRA method, one table (about 4 hours, 2 cores; goes on where it stopped)
+	PYTHONPATH=. $(BIN)/python benchmarks/aggregators_rates.py
+	PYTHONPATH=. $(BIN)/python benchmarks/aggregators.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python benchmarks/aggregators_noise.py
 
 bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about 20 minutes, one core; goes on)
 	PYTHONPATH=. $(BIN)/python benchmarks/distil_ppl.py $(ARGS)
@@ -95,7 +100,14 @@ clean:  ## what can be made again; never a site's ledger, never a run
 	rm -rf build/corpus .pytest_cache .ruff_cache .hypothesis
 
 DATA ?= ../shared/data
-.PHONY: professional-finance professional-medical start
+.PHONY: professional-finance professional-medical start small-model
+small-model: build/small-model/config.json  ## a small model made of public text, for bench-aggregators (about 4 minutes)
+
+build/small-model/config.json: simulations/small_model.py .venv/.ready
+	$(MAKE) corpus
+	$(BIN)/python -m simulations.small_model --public $(DATA)/finance/public.jsonl --public build/corpus/public.jsonl \
+	  --kind handbook --out build/small-model
+
 start: corpus  ## train the demo's start adapter: writes questions after control codes, from public text
 	$(BIN)/python -m simulations.professional --writes --public build/corpus/public.jsonl --codes build/corpus/codes.jsonl \
 	  --rank 8 --first-layer 20 --rows 1600 --out simulations/corpus/start

