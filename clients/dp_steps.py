@@ -88,6 +88,39 @@ class Guidance(Protocol):
         ...
 
 
+class NoisySteps(Protocol):
+    """What a table says of its noisy steps: how many of them, and the bound on a unit's contribution to one."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of a round."""
+        ...
+
+    @property
+    def clip_norm(self) -> float:
+        """Bound on one unit's contribution to one step."""
+        ...
+
+
+def receipt(section: NoisySteps, constants: PublicConstants, noise: float) -> DpReceipt:
+    """Return what a round of noisy sums over Poisson samples costs."""
+    event = PoissonGaussian(
+        noise_multiplier=noise,
+        sample_rate=constants.sample_rate,
+        steps=section.steps,
+        clip_norm=section.clip_norm,
+    )
+    return DpReceipt(event=event, unit=constants.unit)
+
+
+def announced(receipts: tuple[DpReceipt, ...], section: NoisySteps, constants: PublicConstants) -> PoissonGaussian:
+    """Return the mechanism of a round's receipts. Raises: PolicyRefusal when they are not those of `receipt`."""
+    event = receipts[0].event if receipts else None
+    if not isinstance(event, PoissonGaussian) or receipts != (receipt(section, constants, event.noise_multiplier),):
+        raise PolicyRefusal(f"receipts {receipts} were not announced by this learner")
+    return event
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpAdapterLearner:
     """A `Learner` that moves the factors of a `schedule` in a round and leaves the others as they came, to the bit.
@@ -123,13 +156,7 @@ class DpAdapterLearner:
         """Return the receipt of one round. Raises: what `ready` does."""
         if self.ready:
             self.ready()
-        event = PoissonGaussian(
-            noise_multiplier=noise,
-            sample_rate=constants.sample_rate,
-            steps=self.section.steps,
-            clip_norm=self.section.clip_norm,
-        )
-        return (DpReceipt(event=event, unit=constants.unit),)
+        return (receipt(self.section, constants, noise),)
 
     def __call__(
         self,
@@ -144,9 +171,7 @@ class DpAdapterLearner:
         Guarantee: `receipts`, for units of `constants.unit`, under add-or-remove of one unit.
         Raises: PolicyRefusal when the receipts are not those that this learner announced.
         """
-        event = receipts[0].event if receipts else None
-        if not isinstance(event, PoissonGaussian) or receipts != self.announce(constants, event.noise_multiplier):
-            raise PolicyRefusal(f"receipts {receipts} were not announced by this learner")
+        event = announced(receipts, self.section, constants)
         guidance = self.guide(start, bench) if self.guide else None
         units = encoded_units(rows, self.section.learns, constants, bench)
         if guidance:

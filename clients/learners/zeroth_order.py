@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from clients.dp_steps import select
+from clients.dp_steps import announced, receipt, select
 from clients.per_example import row_losses
 from clients.units import Learns, encoded_units
 from fl_app import factors, lora, sequences
 from fl_app.config import Section
-from fl_app.errors import PolicyRefusal
 from fl_app.privacy import gaussian
-from fl_app.types import AdapterRelease, DpReceipt, PoissonGaussian, Schedule
+from fl_app.types import AdapterRelease, Schedule
 from fl_app.zeroth_order import Walk, decode, encode
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from clients.private_rows import PrivateRows
     from clients.stages import Learner, PublicConstants, Workbench
     from fl_app.sequences import TokenSequence
-    from fl_app.types import Adapter, Floats, ReleaseKind
+    from fl_app.types import Adapter, DpReceipt, Floats, ReleaseKind
     from fl_app.zeroth_order import Direction
 
     Doubles = npt.NDArray[np.float64]
@@ -91,13 +90,7 @@ class ZerothOrderLearner:
 
     def announce(self, constants: PublicConstants, noise: float) -> tuple[DpReceipt, ...]:
         """Return the receipt of one round."""
-        event = PoissonGaussian(
-            noise_multiplier=noise,
-            sample_rate=constants.sample_rate,
-            steps=self.section.steps,
-            clip_norm=self.section.clip_norm,
-        )
-        return (DpReceipt(event=event, unit=constants.unit),)
+        return (receipt(self.section, constants, noise),)
 
     def __call__(
         self,
@@ -112,9 +105,7 @@ class ZerothOrderLearner:
         Guarantee: `receipts`, for units of `constants.unit`, under add-or-remove of one unit.
         Raises: PolicyRefusal when the receipts are not those that this learner announced.
         """
-        event = receipts[0].event if receipts else None
-        if not isinstance(event, PoissonGaussian) or receipts != self.announce(constants, event.noise_multiplier):
-            raise PolicyRefusal(f"receipts {receipts} were not announced by this learner")
+        event = announced(receipts, self.section, constants)
         one = self.section
         units = encoded_units(rows, one.learns, constants, bench)
         model = lora.attach(bench.model, start, bench.blocks, keep_cores=True)
