@@ -11,6 +11,7 @@ import pytest
 from clients import per_example
 from fl_app import lora, lora_start, models, sequences
 from fl_app.config import LoraSection
+from strategies import ranks
 
 if TYPE_CHECKING:
     from fl_app.sequences import TokenSequence
@@ -102,3 +103,14 @@ def test_nobody_moves_anybody_else_by_a_bit(dtype: str) -> None:
     assert np.abs(summed(model, [mine, *company], clip) - summed(model, company, clip) - alone).max() <= 1e-15
     twice = summed(model, [mine, mine], clip)
     assert np.abs(twice - 2 * alone).max() <= 1e-15
+
+
+@pytest.mark.parametrize(("targets", "measured_mb"), [(ALL, 3457), (("q_proj", "v_proj"), 2872)])
+def test_the_planner_asks_for_a_little_more_than_a_step_takes(targets: tuple[str, ...], measured_mb: int) -> None:
+    """Peaks of `benchmarks/dp_step.py` at 8 x 128 tokens in float32 (results.jsonl, e5a5c13)."""
+    frozen = models.load(NAME, "float32")
+    spec = lora.spec_of(frozen, LoraSection(rank=8, alpha=16.0, targets=targets))
+
+    planned = ranks.training_bytes(frozen, spec, 8 * 128) >> 20
+
+    assert measured_mb <= planned <= 1.1 * measured_mb
