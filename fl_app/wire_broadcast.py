@@ -1,6 +1,7 @@
 """A broadcast <-> Flower's records: the adapter that sites train, what lies under it, and the material of a round.
 
-    broadcast  manifest: run, round, digest, base, alpha, hashes of all parts (`fl_app.parts`), the site's own head
+    broadcast  manifest: run, round, digest, base, alpha, a hash of all that is answered (`releases.broadcast_sha256`),
+               hashes of the parts (`fl_app.parts`), the site's own head
     arrays     the factors of the adapter, those that the site does not have yet
     block-<n>  an adapter under it, where the site does not have it yet
     texts, vectors  what a site needs for its answer beside the adapter (`Material`)
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fl_app import lora, parts
+from fl_app import parts, releases
 from fl_app import wire_arrays as arrays
 from fl_app import wire_fields as fields
 from fl_app.errors import WireViolation
@@ -43,7 +44,7 @@ def pack(broadcast: Broadcast, precision: Precision = "float32") -> RecordDict:
         "config_digest": broadcast.config_digest,
         "base": broadcast.adapter.base,
         "alpha": broadcast.adapter.alpha,
-        "sha256": lora.sha256(broadcast.adapter),
+        "sha256": releases.broadcast_sha256(broadcast),
         "head": broadcast.head,
         "precision": precision,
         "parts": json.dumps(parts.of_adapter(broadcast.adapter), sort_keys=True),
@@ -90,13 +91,12 @@ def unpack(content: RecordDict, find: Callable[[str], Mapping[str, Floats] | Non
     if odd := arrays.strangers(content["arrays"], told):
         raise WireViolation("is no LoRA factor of this broadcast", rule="layers", tensor=odd[0])
     adapter = Adapter(layers=arrays.layers_of(values), alpha=fields.alpha(manifest), base=fields.text(manifest, "base"))
-    fields.check_hash(lora.sha256(adapter), manifest)
     material = Material()
     if "texts" in content:
         material = Material(
             texts=arrays.unpack_texts(content["texts"]), vectors=arrays.unpack_vectors(content["vectors"])
         )
-    return Broadcast(
+    broadcast = Broadcast(
         run=fields.text(manifest, "run"),
         round=fields.whole(manifest, "round"),
         adapter=adapter,
@@ -108,6 +108,8 @@ def unpack(content: RecordDict, find: Callable[[str], Mapping[str, Floats] | Non
             for number, (sha256, alpha) in enumerate(blocks)
         ),
     )
+    fields.check_hash(releases.broadcast_sha256(broadcast), manifest)
+    return broadcast
 
 
 def _manifest(content: RecordDict) -> dict[str, Any]:

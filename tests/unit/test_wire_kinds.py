@@ -168,6 +168,14 @@ def test_material_travels_with_a_broadcast_and_an_empty_one_leaves_no_trace() ->
     assert found.material.texts == material.texts
     assert found.head == "ab" * 32
     np.testing.assert_array_equal(found.material.vectors["x/3/centre"], material.vectors["x/3/centre"])
+    other = wire_broadcast.pack(
+        dataclasses.replace(sent, material=Material(texts=(CodedText(code="x", text="pubiic"),)))
+    )
+    for record in ("texts", "vectors"):
+        changed = wire_broadcast.addressed(wire_broadcast.pack(sent), "ab" * 32)
+        changed[record] = other[record]
+        with pytest.raises(WireViolation, match="sha256 of what came"):
+            wire_broadcast.unpack(changed)
     empty = wire_broadcast.pack(Broadcast(run="r", round=2, adapter=adapter, config_digest="d"))
     assert {str(name) for name in empty} == {"broadcast", "arrays"}
     assert not wire_broadcast.unpack(empty).material.texts
