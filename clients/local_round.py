@@ -165,7 +165,6 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         ),
     )
     site.check_place(policy)
-    site.received.keep(broadcast)
     # A name used again for another configuration is another run: ledger, kept noise, cap and outbox all go by this.
     broadcast = dataclasses.replace(broadcast, run=broadcast.named)
     note = _Notes(site=site, run=broadcast.run, round_number=broadcast.round, policy_id=policy.id)
@@ -174,6 +173,7 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
     _check_whole(site, ledger, broadcast)
     resend = _resend(site, policy, ledger, broadcast)
     if resend is not None:
+        site.received.keep(broadcast)
         note("resent", object_sha256=releases.sha256(resend.release, resend.survey))
         return resend
 
@@ -187,6 +187,9 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         cost = spending.announced(policy, book, renyi, learner, survey, asking)
     frozen = models.load(shared.model.name, shared.model.dtype)
     lora_cut.check_start(broadcast.adapter, broadcast.blocks, _spec(frozen, settings))
+    if isinstance(asked.learner, DpFedsaLora):  # its own b must fit, or nothing is spent
+        personal(broadcast.adapter, _drawer(site, broadcast.run).latest(broadcast.round))
+    site.received.keep(broadcast)
     gate.check_length(policy, frozen)
     codes = _codes(site.directory)
     rows = read_private_rows(

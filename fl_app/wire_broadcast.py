@@ -36,7 +36,7 @@ MAX_PARTS_TEXT, MAX_BLOCKS_TEXT = 1 << 10, 1 << 17
 
 
 def pack(broadcast: Broadcast, precision: Precision = "float32") -> RecordDict:
-    """Return the message of a round's start, whole. Its adapters must be what they are after `transport.rounded`."""
+    """Return the message of a round's start, whole. Its adapter must be what it is after `transport.rounded`."""
     blocks = [[parts.sha256(parts.arrays_of(block)), block.alpha] for block in broadcast.blocks]
     manifest: dict[str, Any] = {
         "run": broadcast.run,
@@ -54,7 +54,7 @@ def pack(broadcast: Broadcast, precision: Precision = "float32") -> RecordDict:
         {"broadcast": ConfigRecord(manifest), "arrays": arrays.pack_factors(broadcast.adapter, precision=precision)}
     )
     for number, block in enumerate(broadcast.blocks):
-        content[f"block-{number}"] = arrays.pack_factors(block, precision=precision)
+        content[f"block-{number}"] = arrays.pack_factors(block)  # once in a run, and exact
     if broadcast.material.texts or broadcast.material.vectors:
         content["texts"] = arrays.pack_texts(broadcast.material.texts)
         content["vectors"] = arrays.pack(broadcast.material.vectors)
@@ -104,8 +104,7 @@ def unpack(content: RecordDict, find: Callable[[str], Mapping[str, Floats] | Non
         head=fields.head(manifest) if manifest["head"] != "" else "",
         material=material,
         blocks=tuple(
-            _block(content, number, sha256, alpha, adapter.base, precision, find)
-            for number, (sha256, alpha) in enumerate(blocks)
+            _block(content, number, sha256, alpha, adapter.base, find) for number, (sha256, alpha) in enumerate(blocks)
         ),
     )
     fields.check_hash(releases.broadcast_sha256(broadcast), manifest)
@@ -128,7 +127,7 @@ def _parts_of(manifest: Mapping[str, Any]) -> tuple[dict[Factor, str], list[tupl
         factors: dict[Factor, str] = {factor: told[factor] for factor in parts.FACTORS if factor in told}
         listed = [(str(sha256), float(alpha)) for sha256, alpha in blocks]
         sound = len(told) == len(factors) and {"a", "b"} <= factors.keys()
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise WireViolation(f"parts or blocks cannot be read: {str(error)[:80]}") from None
     if not sound or not all(map(is_digest, [*factors.values(), *(sha256 for sha256, _ in listed)])):
         raise WireViolation("parts and blocks name hashes of factors; these do not")
@@ -148,14 +147,11 @@ def _block(
     sha256: str,
     alpha: float,
     base: str,
-    precision: Precision,
     find: Callable[[str], Mapping[str, Floats] | None],
 ) -> Adapter:
     name = f"block-{number}"
-    if name in content:
-        layers = arrays.unpack_layers(content[name], precision)
-    else:
-        layers = arrays.layers_of(_found(find, sha256, name))
+    came = name in content
+    layers = arrays.unpack_layers(content[name]) if came else arrays.layers_of(_found(find, sha256, name))
     block = Adapter(layers=layers, alpha=fields.alpha({"alpha": alpha}), base=base)
     if parts.sha256(parts.arrays_of(block)) != sha256:
         raise WireViolation(f"{name} is not the block that the manifest names", rule="hash")

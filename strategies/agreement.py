@@ -92,12 +92,13 @@ def _kind(tree: Tree) -> str:
 def check_carried(tree: Tree, server: Any) -> None:
     """Raise `ConfigInvalid` when learner, aggregator and what is carried from round to round do not fit."""
     how, aggregator = schedule(tree), server.aggregator.kind
-    if server.ranks.kind in {"listed", "by_memory"} and (why := getattr(server.aggregator, "one_rank", "")):
+    _check_ranks(tree, server)
+    if server.ranks.kind in {"listed", "by_memory"} and (why := _said(server.aggregator, "one_rank")):
         raise ConfigInvalid(
             f"server.ranks.kind = {server.ranks.kind!r} lets sites train other ranks, and server.aggregator.kind = "
             f"{aggregator!r} {why}; use stacked, truncated_svd, thresholded_svd or sketched_svd"
         )
-    if how == "core" and (why := getattr(server.aggregator, "no_cores", "")):
+    if how == "core" and (why := _said(server.aggregator, "no_cores")):
         raise ConfigInvalid(
             f"client.learner trains cores, and server.aggregator.kind = {aggregator!r} takes none: {why}; use "
             "mean_factors"
@@ -112,6 +113,12 @@ def check_carried(tree: Tree, server: Any) -> None:
             f"server.aggregator.kind = {aggregator!r} grows in rank and cannot be trained on; to carry it on, write "
             '"stacked" (FLoRA), "residual" (FedEx-LoRA) or "truncated_svd" (FlexLoRA)'
         )
+    if _kind(tree) == "dp_fedsa_lora" and (aggregator not in OF_A or server.ranks.kind != "same"):
+        raise ConfigInvalid(
+            f"client.learner.kind = 'dp_fedsa_lora' shares a alone, under the b that each site keeps, and "
+            f"server.aggregator.kind = {aggregator!r} with server.ranks.kind = {server.ranks.kind!r} would change what "
+            f"that b belongs to; use {', '.join(sorted(OF_A))} and one rank"
+        )
     if _kind(tree) == "dp_fedsa_lora" and server.synthesizer.kind != "no_drafts":
         raise ConfigInvalid(
             "client.learner.kind = 'dp_fedsa_lora' keeps b at the sites, so the server has no model that writes; write "
@@ -121,6 +128,36 @@ def check_carried(tree: Tree, server: Any) -> None:
         raise ConfigInvalid(
             "a learner that trains cores (Fed-SB) keeps a and b for the whole run, and a tuner would move them; write "
             'server.carries = "merged" and server.synthesizer = {kind = "no_drafts"}'
+        )
+
+
+OF_A = frozenset({"mean_factors", "median_factors", "central_dp"})
+"""Aggregators that take a by itself."""
+
+TRAINED = {"both": "both", "steps": "both", "b": "b", "rounds": "rounds", "core": "core"}
+"""What `central_dp.trains` must say of each schedule of the sites' learner."""
+
+
+def _said(aggregator: Any, name: str) -> str:
+    """Return what an aggregator, or the one that it wraps, says against some uploads; empty for nothing."""
+    inner = getattr(aggregator, "inner", None)
+    return getattr(aggregator, name, "") or (_said(inner, name) if inner is not None else "")
+
+
+def _check_ranks(tree: Tree, server: Any) -> None:
+    """Raise `ConfigInvalid` for a rank, or for trained factors, that a round would find out about."""
+    rank, most = getattr(server.aggregator, "rank", None), int(tree.get("lora", {}).get("rank", 0))
+    least = min(server.ranks.choices) if server.ranks.kind == "drawn" else most
+    if rank is not None and most and rank > least:
+        raise ConfigInvalid(
+            f"server.aggregator.rank = {rank} exceeds the {least} that a round trains (lora.rank, server.ranks.choices)"
+        )
+    how = "a" if _kind(tree) == "dp_fedsa_lora" else TRAINED.get(schedule(tree) or "", "")
+    trains = getattr(server.aggregator, "trains", how)
+    if server.aggregator.kind == "central_dp" and how and trains != how:
+        raise ConfigInvalid(
+            f"server.aggregator.trains = {trains!r}, and client.learner moves {how!r}: noise would go where nothing "
+            f"is trained, or miss what is; write trains = {how!r}"
         )
 
 

@@ -13,14 +13,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fl_app import lora, lora_cut, low_rank, parts, peft_files
-from fl_app.types import AdapterRelease, Merged, Upload
+from fl_app.types import AdapterRelease, LoraFactors, Merged, Upload
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, Broadcast
+    from fl_app.types import Adapter
 
 START, BLOCKS = "start", "blocks"
 
@@ -68,16 +70,26 @@ def completed(adapter: Adapter, blocks: tuple[Adapter, ...]) -> Adapter:
     return low_rank.compact(lora.stacked([adapter, *blocks])) if blocks else lora.plain(adapter)
 
 
-def whole(upload: Upload, broadcast: Broadcast) -> Upload:
-    """Return an upload with the layers that its site does not train as it was sent them: it changed nothing there."""
-    assert isinstance(upload.release, AdapterRelease)
-    sent = upload.release.adapter
-    if sent.layers.keys() == broadcast.adapter.layers.keys():
+def whole(upload: Upload, broadcast: Adapter) -> Upload:
+    """Return an upload with the layers that its site does not train exactly as they were: it changed nothing there.
+
+    An adapter has one rank, so what a site of a smaller rank trained is then filled up with zeros to the broadcast's.
+    """
+    if not isinstance(upload.release, AdapterRelease):
         return upload
-    spec = lora_cut.narrowed(lora.spec_like(broadcast.adapter), rank=lora.rank_of(sent))
-    layers = {**lora_cut.cut(broadcast.adapter, spec).layers, **sent.layers}
-    adapter = dataclasses.replace(sent, layers={name: layers[name] for name in sorted(layers)})
+    sent = upload.release.adapter
+    if sent.layers.keys() == broadcast.layers.keys():
+        return upload
+    blank = {name: _zeros(one) for name, one in broadcast.layers.items() if name in sent.layers}
+    trained = lora_cut.patched(dataclasses.replace(broadcast, layers=blank), sent)
+    layers = {**broadcast.layers, **trained.layers}
+    adapter = dataclasses.replace(broadcast, layers={name: layers[name] for name in sorted(layers)})
     return dataclasses.replace(upload, release=dataclasses.replace(upload.release, adapter=adapter))
+
+
+def _zeros(factors: LoraFactors) -> LoraFactors:
+    core = None if factors.core is None else np.zeros_like(factors.core)
+    return LoraFactors(a=np.zeros_like(factors.a), b=np.zeros_like(factors.b), core=core)
 
 
 def write(merged: Merged, folder: Path, *, base_name: str) -> list[Path]:

@@ -98,7 +98,7 @@ class Knowledge(Strategy):
         """Wait for the sites, learn their names and begin the run."""
         network = self.network
         cohort = gather(grid, sites=network.sites, wait_s=network.wait_s, poll_s=network.poll_s, quorum=network.quorum)
-        self.cohort = cohort.fitting(self.pipeline.ranks.unfit)
+        self.cohort = cohort.fitting(self.pipeline.unfit)
         self.pipeline.open(self._hellos(), {f"node {i}": why for i, why in enumerate(self.cohort.unready.values())})
 
     def configure_train(
@@ -155,7 +155,7 @@ class Knowledge(Strategy):
         """See which nodes are there before a round: some may have died, and some may be back."""
         before = set(self.cohort.hellos)
         cohort = refresh(grid, self.cohort, wait_s=self.network.wait_s, poll_s=self.network.poll_s)
-        self.cohort = cohort.fitting(self.pipeline.ranks.unfit)
+        self.cohort = cohort.fitting(self.pipeline.unfit)
         if set(self.cohort.hellos) != before:
             self.pipeline.spending.join(self._hellos())
 
@@ -166,7 +166,7 @@ class Knowledge(Strategy):
         messages: list[Message] = []
         for node in self.cohort.nodes():
             site = self.cohort.hellos[node].site
-            mine = self.pipeline.broadcast_to(site, number)
+            mine = self.pipeline.broadcast_to(site, number, whole=kind == MessageType.EVALUATE)
             key = lora.sha256(mine.adapter)
             if key not in packed:
                 packed[key] = wire_broadcast.pack(mine, precision)

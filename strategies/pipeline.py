@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fl_app.config import SharedConfig
     from fl_app.journal import Journal
     from fl_app.lora import LoraSpec
-    from fl_app.types import Adapter, Draft, Hello, Lesson, ReleaseSpec, Score, VectorRelease
+    from fl_app.types import Adapter, Draft, Hello, Lesson, ReleaseSpec, Score, Upload, VectorRelease
     from strategies.checkpoint import Checkpoint, Done
     from strategies.collected import Collected, Judged
     from strategies.exam import Exam
@@ -74,6 +74,7 @@ class Pipeline:
     quorum: float
     ranks: Ranks
     carries: Literal["target", "merged"] = "target"
+    weighed: frozenset[str] = frozenset()
     survey: Mapping[str, int] = field(default_factory=dict[str, int])
     accept_non_private: bool = False
     cap: RunCap | None = None
@@ -150,13 +151,24 @@ class Pipeline:
             blocks=self.carried.blocks,
         )
 
+    def unfit(self, hello: Hello) -> str:
+        """Return why a site can have no part in this run; empty when it can."""
+        if self.weighed and hello.site not in self.weighed:
+            return "it has no weight in server.aggregator.weights"
+        return self.ranks.unfit(hello)
+
     def spec_of(self, site: str, number: int) -> LoraSpec:
         """Return the spec that a site trains in a round; the round's own for a site that nobody knows."""
         hello = self.spending.sites.get(site)
         return self.ranks.of_round(number) if hello is None else self.ranks.of_site(hello, number)
 
-    def broadcast_to(self, site: str, number: int) -> Broadcast:
-        """Return what one site gets at the start of round `number`: the broadcast, or what it can carry of it."""
+    def broadcast_to(self, site: str, number: int, *, whole: bool = False) -> Broadcast:
+        """Return what one site gets at the start of round `number`: the broadcast, or what it trains of it.
+
+        With `whole`, all of it: a target that is scored and not trained.
+        """
+        if whole:
+            return self.broadcast(number)
         mine, broadcast = self.carried.cut(self.spec_of(site, number)), self.broadcast(number)
         return dataclasses.replace(broadcast, adapter=mine.adapter, blocks=mine.blocks)
 
@@ -208,7 +220,7 @@ class Pipeline:
         material = self.prepare(number)
         judged = self._judge(number, collected, folder, seconds)
         merged = self._aggregate(number, judged, folder, seconds)
-        voices = Voices.of(merged, judged.sound, surveys=self.surveys, material=material)
+        voices = Voices.of(merged, self._whole(number, judged.sound), surveys=self.surveys, material=material)
         drafts = self._synthesise(number, voices, folder, seconds)
         kept, dropped = self._screen(number, drafts, folder, seconds)
         lessons = self._distil(number, kept, folder, seconds)
@@ -287,12 +299,14 @@ class Pipeline:
             places = [write_release(folder, upload, base_name=base_name) for upload in judged.sound]
             return Made(files=places, value=to_json(judged), seconds=judged.seconds)
 
+        restored = self.has_collected(number)
         done = self._phase(number, "validate", seconds, work)
         seconds["train"] = seconds.pop("validate")
         judged = from_json(done.value, folder, seconds=done.seconds)
         self.spending.enter(number, judged)
-        for upload in judged.sound:
-            self.answered[upload.site] = self.carried.cut(self.spec_of(upload.site, number)).parts()
+        # Who did not answer, or not this process, is sent everything: it may have lost what it had.
+        fresh = () if restored else judged.sound
+        self.answered = {one.site: self.carried.cut(self.spec_of(one.site, number)).parts() for one in fresh}
         self.surveys |= {upload.site: upload.survey for upload in judged.sound if upload.survey is not None}
         self.lab.surveys = dict(sorted(self.surveys.items()))
         return judged
@@ -326,10 +340,15 @@ class Pipeline:
     def _merged(self, number: int, judged: Judged) -> Merged:
         """Return the aggregate of the adapters; releases of another kind leave the broadcast's adapter as it was."""
         if self.asked.kind == "adapter":
-            whole = self.carried.cut(self.ranks.of_round(number))
-            broadcast = dataclasses.replace(self.broadcast(number), adapter=whole.adapter)
-            return self.stages.aggregator([carried.whole(one, broadcast) for one in judged.sound], broadcast)
+            adapter = self.carried.cut(self.ranks.of_round(number)).adapter
+            broadcast = dataclasses.replace(self.broadcast(number), adapter=adapter)
+            return self.stages.aggregator(self._whole(number, judged.sound), broadcast)
         return Merged(adapter=self.target, used=tuple(upload.site for upload in judged.sound))
+
+    def _whole(self, number: int, uploads: Sequence[Upload]) -> list[Upload]:
+        """Return uploads with all layers, those that a site left alone as they were."""
+        whole = self.carried.cut(self.ranks.of_round(number)).adapter
+        return [carried.whole(one, whole) for one in uploads]
 
     def _synthesise(self, number: int, voices: Voices, folder: Path, seconds: dict[str, float]) -> tuple[Draft, ...]:
         path = folder / "drafts.jsonl"

@@ -58,12 +58,12 @@ class ListedRanks(Section):
 class MemoryRanks(Section):
     """[server.ranks] kind = "by_memory": the largest of `choices` that fits what a site declares in site.toml.
 
-    `micro_batch_tokens` is what the learner computes at once, unless the site declares fewer.
+    It is reckoned for the tokens that [client.learner] computes at once, or the fewer that the site declares. Blocks
+    under the adapter grow with the rounds and are not in it.
     """
 
     kind: Literal["by_memory"]
     choices: Choices
-    micro_batch_tokens: Annotated[int, Field(ge=16)] = 512
 
 
 class DrawnRank(Section):
@@ -85,11 +85,15 @@ AnyRanks: TypeAlias = Annotated[SameRank | ListedRanks | MemoryRanks | DrawnRank
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ranks:
-    """Who trains what. `cost` returns the bytes that training a spec takes at so many tokens at once."""
+    """Who trains what. `cost` returns the bytes that training a spec takes at so many tokens at once.
+
+    `tokens` is what the sites' learner computes at once.
+    """
 
     section: SameRank | ListedRanks | MemoryRanks | DrawnRank
     spec: LoraSpec
     seed: int
+    tokens: int
     cost: Callable[[LoraSpec, int], int]
 
     @property
@@ -131,7 +135,7 @@ class Ranks:
         choices = sorted(self.section.choices)
         if not hello.memory_mb:  # a site that declares nothing is asked for the least
             return choices[0]
-        tokens = min(self.section.micro_batch_tokens, hello.micro_batch_tokens or math.inf)
+        tokens = min(self.tokens, hello.micro_batch_tokens or math.inf)
         costs = {rank: self.cost(lora_cut.narrowed(whole, rank=rank), int(tokens)) for rank in choices}
         fitting = [rank for rank, cost in costs.items() if cost <= hello.memory_mb << 20]
         if not fitting:
@@ -144,7 +148,12 @@ class Ranks:
 
 
 def build(
-    section: SameRank | ListedRanks | MemoryRanks | DrawnRank, *, spec: LoraSpec, seed: int, frozen: FrozenModel
+    section: SameRank | ListedRanks | MemoryRanks | DrawnRank,
+    *,
+    spec: LoraSpec,
+    seed: int,
+    frozen: FrozenModel,
+    tokens: int,
 ) -> Ranks:
     """Return the ranks of a run. Raises: ConfigInvalid when a choice exceeds lora.rank."""
     choices: Mapping[str, int] = {}
@@ -158,7 +167,13 @@ def build(
     for key, rank in choices.items():
         if rank > spec.rank:
             raise ConfigInvalid(f"server.ranks.{key} = {rank} exceeds lora.rank = {spec.rank}, which is the largest")
-    return Ranks(section=section, spec=spec, seed=seed, cost=lambda some, tokens: training_bytes(frozen, some, tokens))
+    return Ranks(
+        section=section,
+        spec=spec,
+        seed=seed,
+        tokens=tokens,
+        cost=lambda some, at_once: training_bytes(frozen, some, at_once),
+    )
 
 
 def training_bytes(frozen: FrozenModel, spec: LoraSpec, tokens: int) -> int:

@@ -10,6 +10,7 @@
 | a number that is zero, -0 or denormal     | sound: an honest number may be                                           |
 
 Noise decides the three rows on it, so they hold for private releases only: plain learning may find nothing to learn.
+Of a release made of scalars they say nothing: its noise is in bytes, which may all be zero.
 What cannot be seen here, a hostile update within all bounds, is the aggregator's matter (T2).
 
 Source: threats T1, T5, T11, T30 of `reliability-and-security.md` 2.2.
@@ -210,6 +211,8 @@ def _noiseless(
     if before and not isinstance(upload.release, TextRelease):  # two sites may both have written nothing
         return _no(upload, "replay", f"is {before} once more; noise never comes twice")
     if not isinstance(upload.release, AdapterRelease):
+        return None
+    if cap is not None and cap.by_scalars:  # noise is on the scalars, and a byte may say zero
         return None
     names = _all_factors(broadcast.adapter) if cap is None else cap.trains
     trained = list(_factors(upload.release.adapter, broadcast.adapter, names))

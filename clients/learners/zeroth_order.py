@@ -52,7 +52,11 @@ if TYPE_CHECKING:
 
 
 class ZerothOrder(Section):
-    """[client.learner] kind = "zeroth_order". `clip_norm` bounds a row's slope; 16 is what a byte can still tell."""
+    """[client.learner] kind = "zeroth_order". `clip_norm` bounds a row's slope; 16 is what a byte can still tell.
+
+    A byte tells no slope below 0.004: where noise_multiplier * clip_norm / expected_batch is not well above that, most
+    steps stand still, and are paid for.
+    """
 
     kind: Literal["zeroth_order"]
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -149,8 +153,8 @@ def clipped_slope(
 
     Guarantee: adding or removing an example moves it by at most `clip_norm`, up to 2^-53 for each addition. Shape (1,).
     """
-    above = losses_of(walk.beside(direction, perturbation), examples)
-    below = losses_of(walk.beside(direction, -perturbation), examples)
+    above = losses_of({**walk.weights, **walk.beside(direction, perturbation)}, examples)
+    below = losses_of({**walk.weights, **walk.beside(direction, -perturbation)}, examples)
     with np.errstate(invalid="ignore", over="ignore"):
         slopes = (above - below) / (2 * perturbation)
     return np.array([np.where(np.isfinite(slopes), slopes.clip(-clip_norm, clip_norm), 0.0).sum()])

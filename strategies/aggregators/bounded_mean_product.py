@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, PlainValidator, field_validator
 
@@ -92,6 +92,8 @@ class BoundedMeanProduct(Section):
     kind: Literal["bounded_mean_product"]
     bound: Bound = "median"
     inner: AnySum = MeanProduct(kind="mean_product")
+
+    one_rank: ClassVar[str] = "measures what an upload changed, and a site of a smaller rank begins elsewhere"
 
     @property
     def carries(self) -> bool:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
@@ -85,6 +85,8 @@ class KrumProduct(Section):
     hostile: Annotated[int, Field(ge=1)] = 1
     keep: Annotated[int, Field(ge=1)] = 1
     inner: AnyInner = MeanProduct(kind="mean_product")
+
+    one_rank: ClassVar[str] = "measures what an upload changed, and a site of a smaller rank begins elsewhere"
 
     @property
     def carries(self) -> bool:

@@ -257,7 +257,7 @@ def _knowledge(directory: Path, quorum: float, rounds: int = ROUNDS) -> Knowledg
         tree={"run": {"rounds": rounds}, "client": {"learner": {"kind": "dp_lora"}}},
         start=_adapter(),
         quorum=quorum,
-        ranks=Ranks(section=SameRank(), spec=SPEC, seed=0, cost=lambda _, __: 0),
+        ranks=Ranks(section=SameRank(), spec=SPEC, seed=0, tokens=512, cost=lambda _, __: 0),
     )
     network = NetworkSection(sites=SITES, wait_s=120.0, reply_timeout_s=DEADLINE_S, poll_s=POLL_S, quorum=quorum)
     return Knowledge(pipeline, network)

@@ -90,6 +90,7 @@ def served(*overrides: str) -> Any:
     return read_server(read_tree("configs/federated.toml", "\n".join(['server.exam.path="x"', *overrides])))
 
 
+FEDSA = 'client.learner={kind="dp_fedsa_lora", steps=1}'
 MIXED = 'server.ranks={kind="listed", ranks={"site-0"=2}}'
 CORE = 'client.learner={kind="dp_lora_sb", steps=1}'
 WRITES = 'server.synthesizer={kind="control_codes", codes="", drafts=4}'
@@ -114,6 +115,16 @@ def test_the_common_configuration_of_all_methods_agrees() -> None:
         ((MIXED, 'server.aggregator={kind="median_factors"}'), "'median_factors' adds or orders coordinate"),
         ((MIXED, f"server.aggregator={CENTRAL}"), "'central_dp' adds or orders coordinate"),
         ((CORE, WRITES), "a tuner would move them"),
+        ((FEDSA, 'server.aggregator={kind="truncated_svd"}'), "shares a alone"),
+        ((FEDSA, 'server.ranks={kind="drawn", choices=[1, 2]}'), "shares a alone"),
+        (('server.aggregator={kind="truncated_svd", rank=8}',), "rank = 8 exceeds the 4 that a round trains"),
+        (
+            ('server.aggregator={kind="truncated_svd", rank=4}', 'server.ranks={kind="drawn", choices=[2, 4]}'),
+            "rank = 4 exceeds the 2",
+        ),
+        ((MIXED, 'server.aggregator={kind="krum_product", inner={kind="stacked"}}'), "measures what an upload changed"),
+        ((CORE, 'server.aggregator={kind="krum_product", inner={kind="ridge"}}'), "'krum_product' takes none"),
+        ((CORE, f"server.aggregator={CENTRAL}"), "client.learner moves 'core'"),
         (('client.learner={kind="dp_fedsa_lora", steps=1}', WRITES), "the server has no model that writes"),
         ((CORE, 'server.carries="target"'), "a tuner would move them"),
         ((CORE, 'server.aggregator={kind="residual"}'), "'residual' takes none: .*; use mean_factors"),

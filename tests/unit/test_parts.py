@@ -77,7 +77,7 @@ def test_what_is_not_kept_is_named_and_nothing_is_made_up(tmp_path: Path) -> Non
         wire_broadcast.unpack(content, received.find)
 
     received.keep(broadcast)
-    path = min((tmp_path / "received").iterdir())
+    path = min((tmp_path / "received").glob("*/*"))
     path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\x00\x01")  # one number of one part
     with pytest.raises(WireViolation, match="did not come"):
         wire_broadcast.unpack(content, received.find)
@@ -98,13 +98,22 @@ def test_another_array_than_the_manifest_names_is_refused() -> None:
 def test_only_the_last_broadcast_is_kept(tmp_path: Path) -> None:
     received = Received(directory=tmp_path / "received")
     received.keep(sent(draw(1), draw(2)))
-    before = {path.name for path in (tmp_path / "received").iterdir()}
+    before = {path.name for path in (tmp_path / "received").glob("*/*")}
     received.keep(sent(draw(1), draw(3)))
-    after = {path.name for path in (tmp_path / "received").iterdir()}
+    after = {path.name for path in (tmp_path / "received").glob("*/*")}
 
     assert len(before) == len(after) == 3
     assert len(before & after) == 2
     assert received.find("../" + "a" * 61) is None
+
+
+def test_runs_do_not_touch_each_others_parts_and_old_ones_go(tmp_path: Path) -> None:
+    received = Received(directory=tmp_path / "received")
+    for number in range(6):
+        received.keep(dataclasses.replace(sent(draw(number)), run=f"run-{number}"))
+
+    found = [received.find(parts.sha256(parts.part(draw(number), "a"))) is not None for number in range(6)]
+    assert found == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("factors", [("a", "b"), ("b",), ("a",), ("core",)])

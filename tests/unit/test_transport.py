@@ -73,7 +73,6 @@ def test_float16_keeps_eleven_bits(values: Floats) -> None:
 def test_rounded_twice_is_rounded_once(factor: Any, precision: Any, values: Floats) -> None:
     once = there_and_back(values, factor, precision)
 
-    assert once.tobytes() == there_and_back(once, factor, precision).tobytes() or (once == 0).any()
     np.testing.assert_array_equal(once, there_and_back(once, factor, precision))
 
 
