@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clients.learners import zeroth_order as learners
 from fl_app import lora, zeroth_order
 from fl_app.errors import NotFinite
 from fl_app.origin import ROOT
@@ -213,3 +214,25 @@ def test_a_finite_difference_is_the_slope_of_a_quadratic() -> None:
     assert np.abs(found - w).max() < 5 * np.sqrt((w @ w + w.max() ** 2) / 4000)
     assert np.corrcoef(found, w)[0, 1] > 0.95
     assert zeroth_order.SIGN == 128
+
+
+def test_a_factor_at_rest_stands_where_the_walk_is(learned: Any) -> None:
+    """With turns, a slope is taken around the walk's own place: what another step tried and left is put back."""
+    start = learned(3)
+    walk = Walk(start, run="r", site="s", round_number=1, learning_rate=0.1, schedule="steps")
+    seen: list[dict[str, np.ndarray]] = []
+
+    def losses_of(weights: Any, examples: Any) -> np.ndarray:
+        seen.append(dict(weights))
+        return np.ones(len(examples))
+
+    for step in range(3):
+        direction = walk.direction(step)
+        rest = {name: part for name, part in walk.weights.items() if name not in direction.parts}
+        learners.clipped_slope(losses_of, walk, direction, [], perturbation=0.5, clip_norm=1.0)
+        for weights in seen[-2:]:
+            assert weights.keys() == walk.weights.keys()
+            assert rest
+            for name, part in rest.items():
+                np.testing.assert_array_equal(weights[name], part)
+        walk.go(direction, 1.0)
