@@ -138,6 +138,22 @@ TRAINED = {"both": "both", "steps": "both", "b": "b", "rounds": "rounds", "core"
 """What `central_dp.trains` must say of each schedule of the sites' learner."""
 
 
+def _whole(tree: Any, *path: str) -> int:
+    """Return a whole number of a tree that nobody has parsed yet; 0 where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, int) and not isinstance(tree, bool) else 0
+
+
+def tokens(tree: Tree) -> int:
+    """Return the tokens that the sites' learner computes at once."""
+    return _whole(tree, "client", "learner", "micro_batch_tokens") or LEARNER_TOKENS
+
+
+LEARNER_TOKENS = 512
+"""What learners compute at once where [client.learner] says nothing."""
+
+
 def _said(aggregator: Any, name: str) -> str:
     """Return what an aggregator, or the one that it wraps, says against some uploads; empty for nothing."""
     inner = getattr(aggregator, "inner", None)
@@ -146,7 +162,7 @@ def _said(aggregator: Any, name: str) -> str:
 
 def _check_ranks(tree: Tree, server: Any) -> None:
     """Raise `ConfigInvalid` for a rank, or for trained factors, that a round would find out about."""
-    rank, most = getattr(server.aggregator, "rank", None), int(tree.get("lora", {}).get("rank", 0))
+    rank, most = getattr(server.aggregator, "rank", None), _whole(tree, "lora", "rank")
     least = min(server.ranks.choices) if server.ranks.kind == "drawn" else most
     if rank is not None and most and rank > least:
         raise ConfigInvalid(

@@ -190,7 +190,7 @@ def _build(tree: Tree, shared: SharedConfig, server: ServerSection, *, run: str,
             spec=spec,
             seed=shared.run.seed,
             frozen=local,
-            tokens=int(tree.get("client", {}).get("learner", {}).get("micro_batch_tokens", LEARNER_TOKENS)),
+            tokens=agreement.tokens(tree),
         ),
         carries=server.carries,
         weighed=frozenset(getattr(getattr(server.aggregator, "inner", server.aggregator), "weights", ())),
@@ -203,9 +203,6 @@ def _cap(tree: Tree, server: ServerSection) -> RunCap | None:
         return None
     return read_cap(tree.get("client", {}).get("learner", {}), largest=server.max_update_norm)
 
-
-LEARNER_TOKENS = 512
-"""What learners compute at once where [client.learner] says nothing."""
 
 TEXT_BYTES = 4 << 20
 """What drafts, verdicts and lessons of a round may take: 144 drafts take 0.3 MiB. Assumption."""
