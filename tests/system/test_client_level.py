@@ -17,7 +17,7 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from fl_app import lora, peft_files
-from fl_app.errors import ConfigInvalid, RoundFailed
+from fl_app.errors import ConfigInvalid
 from fl_app.privacy.ledger import Ledger
 from fl_app.privacy.statement import rounded_up
 from fl_app.types import AdapterRelease, Broadcast, Gaussian, Upload
@@ -261,11 +261,11 @@ def test_the_page_and_the_screen_show_an_infinite_epsilon() -> None:
     assert "not differentially private at site level (site-1)" in page
 
 
-def test_sites_that_train_what_the_server_calls_frozen_fail_the_round_and_cost_nothing_at_the_server() -> None:
+def test_sites_that_would_train_what_the_server_calls_frozen_are_never_asked() -> None:
     frozen = AGGREGATOR.replace("delta=1e-5}", 'delta=1e-5, trains="b"}')
     prepared = launch.prepare("configs/smoke.toml", "\n".join([*SMALL, frozen]), run="two-minds")
 
-    with pytest.raises(RoundFailed, match=r"no update is left to sum \(site-0: frozen: .*\.a was changed"):
+    with pytest.raises(ConfigInvalid, match=r"trains = 'b', and client\.learner moves 'both'"):
         launch.play(prepared)
 
     assert not (prepared.directory / "client_level").exists()
