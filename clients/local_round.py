@@ -186,7 +186,9 @@ def train(site: Site, broadcast: Broadcast, settings: Settings) -> Upload:
         )
         cost = spending.announced(policy, book, renyi, learner, survey, asking)
     frozen = models.load(shared.model.name, shared.model.dtype)
-    lora_cut.check_start(broadcast.adapter, broadcast.blocks, _spec(frozen, settings))
+    spec = _spec(frozen, settings)
+    lora_cut.check_start(broadcast.adapter, broadcast.blocks, spec)
+    _check_capacity(broadcast.adapter, spec, policy)
     if isinstance(asked.learner, DpFedsaLora):  # its own b must fit, or nothing is spent
         personal(broadcast.adapter, _drawer(site, broadcast.run).latest(broadcast.round))
     site.received.keep(broadcast)
@@ -268,6 +270,14 @@ def _spec(frozen: FrozenModel, settings: Settings) -> LoraSpec:
     learner = settings.asked.learner
     core = learner.kind in factors.KINDS and factors.schedule_of(learner.model_dump()) == "core"
     return dataclasses.replace(lora.spec_of(frozen, settings.shared.lora), core=core)
+
+
+def _check_capacity(adapter: Adapter, spec: LoraSpec, policy: SitePolicy) -> None:
+    """Raise `PolicyRefusal` when a server asks for layers that this site has said it does not train."""
+    capacity = policy.capacity
+    mine = lora_cut.narrowed(spec, first_layer=capacity.first_layer, targets=capacity.targets)
+    if odd := sorted(adapter.layers.keys() - mine.shapes.keys()):
+        raise PolicyRefusal(f"{odd[0]} is to be trained, which [capacity] of site.toml rules out")
 
 
 def sent(settings: Settings, broadcast: Broadcast) -> ReleaseSpec:

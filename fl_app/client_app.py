@@ -14,7 +14,7 @@ check_origin()
 
 from clients import local_round  # noqa: E402
 from clients.config import read_client  # noqa: E402
-from fl_app import wire, wire_broadcast  # noqa: E402, wire_broadcast
+from fl_app import wire, wire_broadcast  # noqa: E402
 from fl_app.config import digest, read_tree, shared  # noqa: E402
 from fl_app.errors import PolicyRefusal  # noqa: E402
 from fl_app.types import Refusal  # noqa: E402

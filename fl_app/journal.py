@@ -82,13 +82,15 @@ def check_space(directory: Path, need_bytes: int) -> None:
     disk.require(directory, math.ceil(need_bytes * ROOM))
 
 
-def run_bytes(*, rounds: int, sites: int, adapter_bytes: int, text_bytes: int) -> int:
+def run_bytes(*, rounds: int, sites: int, adapter_bytes: int, text_bytes: int, aggregates: int = 1) -> int:
     """Return about how many bytes a run directory will take.
 
-    `adapter_bytes` is one adapter in float32, of which a round keeps each site's, the merged one and the target;
-    `text_bytes` is what the drafts and lessons of one round may take.
+    `adapter_bytes` is one adapter in float32, of which a round keeps each site's, the merged one and the target; the
+    aggregate takes as much as `aggregates` of them, more than one where it is a stack. `text_bytes` is what the drafts
+    and lessons of one round may take.
     """
-    return FIXED_BYTES + adapter_bytes + rounds * ((sites + 2) * (adapter_bytes + FILE_BYTES) + text_bytes)
+    kept = sites + 1 + aggregates
+    return FIXED_BYTES + adapter_bytes + rounds * (kept * (adapter_bytes + FILE_BYTES) + text_bytes)
 
 
 def write_text(path: Path, text: str) -> None:

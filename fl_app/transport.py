@@ -45,7 +45,11 @@ LOWEST = -126
 """The least exponent of a scale; a component below 2^-126 travels as zero."""
 
 HALF_MOST = 65504.0
+"""The largest number of float16."""
 
+
+EXPONENT = "exponent"
+"""What the exponents of int8's scales are called, behind the name of their factor."""
 
 TURNS = 8
 """Rounding an update again settles at once but where it is as small as float32's own steps; then in a turn or two."""
@@ -101,7 +105,7 @@ def encode(
         raise NotFinite(f"a factor {factor} holds NaN or infinity, which does not travel")
     if precision == "float16":
         if np.abs(values).max(initial=0.0) > HALF_MOST:
-            raise NotFinite(f'a factor {factor} holds numbers above {HALF_MOST:g}; use lora.transport = "float32"')
+            raise NotFinite(f"a factor {factor} holds numbers above {HALF_MOST:g}; let it travel in float32")
         return {"": np.ascontiguousarray(values, np.float16)}
     largest = np.abs(values).max(axis=_others(factor), initial=0.0).astype(np.float64)
     mantissa, exponent = np.frexp(largest / CODES)
@@ -109,9 +113,6 @@ def encode(
     exponents = np.where(largest == 0, LOWEST, exponents).astype(np.int8)
     codes = np.rint(values / _scales(exponents, factor)).astype(np.int8)
     return {"": np.ascontiguousarray(codes), EXPONENT: exponents}
-
-
-EXPONENT = "exponent"
 
 
 def decode(arrays: dict[str, npt.NDArray[Any]], factor: Factor, start: Floats | None = None) -> Floats:

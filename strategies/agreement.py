@@ -160,6 +160,12 @@ def _said(aggregator: Any, name: str) -> str:
     return getattr(aggregator, name, "") or (_said(inner, name) if inner is not None else "")
 
 
+def stacks(aggregator: Any) -> bool:
+    """Whether an aggregate may be of a higher rank than one upload: sums of products, and FedEx-LoRA's residual."""
+    told = getattr(aggregator, "inner", aggregator)
+    return told.kind == "residual" or not getattr(told, "one_rank", "")
+
+
 def _check_ranks(tree: Tree, server: Any) -> None:
     """Raise `ConfigInvalid` for a rank, or for trained factors, that a round would find out about."""
     rank, most = getattr(server.aggregator, "rank", None), _whole(tree, "lora", "rank")

@@ -212,9 +212,19 @@ def _check_space(shared: SharedConfig, server: ServerSection, spec: LoraSpec) ->
     """Return when the run directory has room for the run. Raises: DiskFull."""
     numbers = sum(math.prod(shape) for shape in lora.factor_shapes(spec).values())
     need = journal.run_bytes(
-        rounds=shared.run.rounds, sites=server.network.sites, adapter_bytes=4 * numbers, text_bytes=TEXT_BYTES
+        rounds=shared.run.rounds,
+        sites=server.network.sites,
+        adapter_bytes=4 * numbers,
+        text_bytes=TEXT_BYTES,
+        aggregates=_aggregates(server),
     )
     journal.check_space(Path(shared.run.directory), need)
+
+
+def _aggregates(server: ServerSection) -> int:
+    """Return how many adapters of lora.rank a round's aggregate takes on disk at most: a stack is one of every site."""
+    stack = server.network.sites if agreement.stacks(server.aggregator) else 1
+    return 2 * stack + 1 if server.carries == "merged" else stack  # the aggregate, its blocks, and where to go on
 
 
 def _start(shared: SharedConfig, spec: LoraSpec, local: FrozenModel) -> Adapter:

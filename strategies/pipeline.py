@@ -305,11 +305,22 @@ class Pipeline:
         judged = from_json(done.value, folder, seconds=done.seconds)
         self.spending.enter(number, judged)
         # Who did not answer, or not this process, is sent everything: it may have lost what it had.
-        fresh = () if restored else judged.sound
-        self.answered = {one.site: self.carried.cut(self.spec_of(one.site, number)).parts() for one in fresh}
+        self.answered = {} if restored else self._parts_by_site(number, judged.sound)
         self.surveys |= {upload.site: upload.survey for upload in judged.sound if upload.survey is not None}
         self.lab.surveys = dict(sorted(self.surveys.items()))
         return judged
+
+    def _parts_by_site(self, number: int, uploads: Sequence[Upload]) -> dict[str, frozenset[str]]:
+        """Return the hashes of what each site was sent; sites that train alike were sent the same."""
+        found: dict[tuple[int, tuple[str, ...]], frozenset[str]] = {}
+        by_site: dict[str, frozenset[str]] = {}
+        for site in (upload.site for upload in uploads):
+            spec = self.spec_of(site, number)
+            key = (spec.rank, tuple(spec.shapes))
+            if key not in found:
+                found[key] = self.carried.cut(spec).parts()
+            by_site[site] = found[key]
+        return by_site
 
     def _aggregate(self, number: int, judged: Judged, folder: Path, seconds: dict[str, float]) -> Merged:
         def work() -> Made:

@@ -23,6 +23,7 @@ from simulations.local_grid import LocalGrid
 from strategies.checkpoint import Checkpoint
 from strategies.distillers import endpoint
 from strategies.knowledge import Knowledge
+from tests.workplace import at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -97,16 +98,7 @@ def professional() -> Iterator[_Professional]:
 @pytest.fixture(scope="module", autouse=True)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("workplace")
-    write = launch.write_corpus
-
-    def once(folder: Path) -> None:
-        if not folder.exists():
-            write(folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "BUILD", place / "build")
-        patch.setattr(launch, "RUNS", place / "runs")
-        patch.setattr(launch, "write_corpus", once)
+    with at(place):
         yield place
 
 

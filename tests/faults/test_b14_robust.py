@@ -38,6 +38,7 @@ from strategies.aggregators import AnyAggregator
 from strategies.lab import Lab
 from strategies.stages import Setting
 from strategies.tuners.sft import Sft
+from tests.workplace import at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -119,18 +120,9 @@ class Played:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory of our own instead of build/ and runs/; the corpus, the same every time, is written once."""
     place = tmp_path_factory.mktemp("workplace")
-    write = launch.write_corpus
-
-    def once(folder: Path) -> None:
-        if not folder.exists():
-            write(folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "BUILD", place / "build")
-        patch.setattr(launch, "RUNS", place / "runs")
+    with at(place) as patch:
         # The cap on an update alone turns most of these uploads away (B1); here it is the aggregators' turn.
         patch.setattr("strategies.config.read_cap", lambda *_, **__: None)
-        patch.setattr(launch, "write_corpus", once)
         yield place
 
 

@@ -26,6 +26,7 @@ from simulations.progress import final_table, follow
 from simulations.report.page import build_report
 from strategies.aggregators.mean_factors import MeanFactors
 from strategies.stages import Setting
+from tests.workplace import at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,16 +59,7 @@ SITES = ("site-0", "site-1")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory of our own instead of build/ and runs/; the corpus, the same every time, is written once."""
     place = tmp_path_factory.mktemp("workplace")
-    write = launch.write_corpus
-
-    def once(folder: Path) -> None:
-        if not folder.exists():
-            write(folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "BUILD", place / "build")
-        patch.setattr(launch, "RUNS", place / "runs")
-        patch.setattr(launch, "write_corpus", once)
+    with at(place):
         yield place
 
 

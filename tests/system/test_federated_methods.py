@@ -25,6 +25,7 @@ from fl_app.privacy.ledger import peek
 from fl_app.seeds import stream
 from simulations import export, launch
 from strategies.pipeline import Pipeline
+from tests.workplace import at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,16 +47,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory of our own instead of build/ and runs/; the corpus is written once."""
     place = tmp_path_factory.mktemp("workplace")
-    write = launch.write_corpus
-
-    def once(folder: Path) -> None:
-        if not folder.exists():
-            write(folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "BUILD", place / "build")
-        patch.setattr(launch, "RUNS", place / "runs")
-        patch.setattr(launch, "write_corpus", once)
+    with at(place):
         yield place
 
 

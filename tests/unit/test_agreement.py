@@ -106,6 +106,22 @@ def test_the_common_configuration_of_all_methods_agrees() -> None:
 
 
 @pytest.mark.parametrize(
+    ("aggregator", "grows"),
+    [
+        ('{kind="mean_factors"}', False),
+        ('{kind="ridge"}', False),
+        ('{kind="stacked"}', True),
+        ('{kind="residual"}', True),
+        ('{kind="krum_product", inner={kind="mean_factors"}}', False),
+        ('{kind="krum_product", inner={kind="stacked"}}', True),
+        (CENTRAL, False),
+    ],
+)
+def test_an_aggregate_that_is_a_stack_needs_the_room_of_one(aggregator: str, grows: bool) -> None:
+    assert agreement.stacks(served(f"server.aggregator={aggregator}").aggregator) == grows
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (('server.synthesizer={kind="zero_shot", codes="", drafts=4}',), "asks them for none"),

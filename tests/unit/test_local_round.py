@@ -402,6 +402,20 @@ def test_incidents_tell_rounds_apart_and_say_nothing_else(site: Site) -> None:
     assert len({incident("a", 1, ""), incident("a", 2, ""), incident("b", 1, "")}) == 3
 
 
+@pytest.mark.parametrize("line", ["first_layer = 1", 'targets = ["q_proj"]'])
+def test_what_a_site_declares_it_holds_a_server_to(site: Site, start: Adapter, line: str) -> None:
+    """Layers that its site.toml rules out are not trained, whoever asks; the others are."""
+    with (site.directory / "site.toml").open("a", encoding="utf-8") as policy:
+        policy.write(f"\n[capacity]\n{line}\n")
+    refused(site, ask(site, broadcast(start), settings()), "policy", "[capacity] of site.toml rules out")
+    assert not ledger_of(site).receipts()
+
+    kept = (lambda name: ".1." in name) if "first" in line else (lambda name: name.endswith("q_proj"))
+    own = {name: one for name, one in start.layers.items() if kept(name)}
+    assert 0 < len(own) < len(start.layers)
+    uploaded(ask(site, broadcast(dataclasses.replace(start, layers=own)), settings()))
+
+
 def test_hello_says_the_public_policy_and_what_is_spent(site: Site, start: Adapter) -> None:
     assert local_round.hello(site) == Hello(site="harbour", epsilon=8.0, delta=DELTA, unit="record", spent=0.0)
     upload = uploaded(ask(site, broadcast(start), settings()))
