@@ -89,6 +89,19 @@ class Weighed(Section):
                 raise AdapterMismatch(f"{error} ({self.kind} {self.one_rank})") from None
 
 
+class Wrapping(Section):
+    """A section of [server.aggregator] that looks at uploads first and lets `inner` add them up."""
+
+    one_rank: ClassVar[str] = "measures what an upload changed, and a site of a smaller rank begins elsewhere"
+
+    inner: Any
+
+    @property
+    def carries(self) -> bool:
+        """Whether a next round can go on from the result."""
+        return self.inner.carries
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeighedSum:
     """An `Aggregator`: a section's `merge` over the uploads of a round, in the order of the sites' names."""

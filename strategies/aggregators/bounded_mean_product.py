@@ -32,11 +32,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, PlainValidator, field_validator
 
-from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from fl_app.types import Merged
 from strategies import products
@@ -45,7 +44,7 @@ from strategies.aggregators.sketched_svd import SketchedSvd
 from strategies.aggregators.stacked import Stacked
 from strategies.aggregators.thresholded_svd import ThresholdedSvd
 from strategies.aggregators.truncated_svd import TruncatedSvd
-from strategies.weighing import refuse_inner, shares
+from strategies.weighing import Wrapping, refuse_inner, shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,19 +85,12 @@ AnySum: TypeAlias = Annotated[
 ]
 
 
-class BoundedMeanProduct(Section):
+class BoundedMeanProduct(Wrapping):
     """[server.aggregator] kind = "bounded_mean_product": `bound` is a length of delta_W, or "median"."""
 
     kind: Literal["bounded_mean_product"]
     bound: Bound = "median"
     inner: AnySum = MeanProduct(kind="mean_product")
-
-    one_rank: ClassVar[str] = "measures what an upload changed, and a site of a smaller rank begins elsewhere"
-
-    @property
-    def carries(self) -> bool:
-        """Whether a next round can go on from the result."""
-        return self.inner.carries
 
     @field_validator("inner", mode="before")
     @classmethod

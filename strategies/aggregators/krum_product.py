@@ -30,11 +30,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from fl_app.config import Section
 from fl_app.errors import ConfigInvalid, RoundFailed
 from strategies import products
 from strategies.aggregators.bounded_mean_product import BoundedMeanProduct
@@ -48,7 +47,7 @@ from strategies.aggregators.stacked import Stacked
 from strategies.aggregators.thresholded_svd import ThresholdedSvd
 from strategies.aggregators.truncated_svd import TruncatedSvd
 from strategies.aggregators.zero_padded import ZeroPadded
-from strategies.weighing import refuse_inner
+from strategies.weighing import Wrapping, refuse_inner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,20 +77,13 @@ AnyInner: TypeAlias = Annotated[
 ]
 
 
-class KrumProduct(Section):
+class KrumProduct(Wrapping):
     """[server.aggregator] kind = "krum_product": tolerates `hostile` sites, adds up `keep` uploads as `inner` does."""
 
     kind: Literal["krum_product"]
     hostile: Annotated[int, Field(ge=1)] = 1
     keep: Annotated[int, Field(ge=1)] = 1
     inner: AnyInner = MeanProduct(kind="mean_product")
-
-    one_rank: ClassVar[str] = "measures what an upload changed, and a site of a smaller rank begins elsewhere"
-
-    @property
-    def carries(self) -> bool:
-        """Whether a next round can go on from the result."""
-        return self.inner.carries
 
     @field_validator("inner", mode="before")
     @classmethod
