@@ -190,7 +190,7 @@ def cells() -> list[Cell]:
                 found += [
                     Cell(corpus=corpus, rows=rows, epsilon=epsilon, method=method, seed=seed) for method in methods
                 ]
-    return found
+    return sorted(found, key=lambda cell: cell.corpus != "finance" or cell.epsilon == 1.0)
 
 
 def most_draws(span: float, epsilon: float) -> int:
