@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit faults bench-step bench-decoding bench-distil bench-synthesis bench-aggregators ledger \
+.PHONY: demo resume deploy-smoke deploy-check test test-slow test-all audit attack faults bench-step bench-decoding bench-distil bench-synthesis bench-aggregators ledger \
   preflight audit-log check format setup professional corpus export curate clean
 
 demo: setup  ## the whole loop on a real model: 4 sites, 2 rounds; prints the run directory
@@ -34,6 +34,9 @@ deploy-check: setup  ## make deploy-check CONFIG=configs/deploy/hospitals.toml: 
 
 audit: setup  ## is it really DP? three layers, 2,000 canaries, mistakes planted in copies of the tree (8 minutes, 2 cores)
 	$(BIN)/python benchmarks/audit.py
+
+attack: setup  ## make attack RUN=runs/<id> [ARGS=--record]: are names planted in a simulation found again in its models?
+	@$(BIN)/python -m simulations.attacks.on_run --run $(RUN) $(ARGS)
 
 faults: setup  ## what was broken on purpose, and what held, by bar (make faults ARGS=--all: the slow cases too)
 	@PYTHONPATH=. $(BIN)/python benchmarks/faults.py $(ARGS)

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import record
 from aggregators_figures import rate_scores
+from over_seeds import Interval, interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -63,36 +63,6 @@ RATES: tuple[str, ...] = (
 KEPT = 0.9
 EXACT = 1e-5
 """Relative errors below are float32's, not the method's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean over seeds with its two-sided 95 % Student interval; infinite ends for one seed."""
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-    @property
-    def apart(self) -> bool:
-        """Whether a difference is told apart from zero."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        """Show what is known."""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.seeds > 1 else f"{self.mean:.3f} (one seed)"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return the interval of one value a seed."""
-    from scipy import stats
-
-    mean = float(np.mean(values))
-    if len(values) < 2:  # noqa: PLR2004
-        return Interval(mean=mean, low=-math.inf, high=math.inf, seeds=len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Interval(mean=mean, low=mean - half, high=mean + half, seeds=len(values))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,7 +103,9 @@ def audit_page() -> str:
         "copies of our own source (`benchmarks/mutants.toml`), and each has a layer that must see it.",
         "",
     ]
-    return "\n".join([*page, *(_audit(audits[-1]) if audits else ["No audit has been recorded yet."])]) + "\n"
+    names = [line for line in lines if line["kind"] == "names"]
+    told = _audit(audits[-1]) if audits else ["No audit has been recorded yet."]
+    return "\n".join([*page, *told, "", "## Planted names", "", *_names(names)]) + "\n"
 
 
 def _audit(last: dict[str, Any]) -> list[str]:
@@ -156,6 +158,46 @@ def _audit(last: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         *mutants,
     ]
+
+
+ATTACKED = {
+    "reference": "before any private row",
+    "releases": "what each site sent, last round",
+    "merged": "last aggregate",
+    "target": "target",
+    "without_privacy": "the same rows, learned without privacy",
+}
+
+
+def _names(lines: list[dict[str, Any]]) -> list[str]:
+    """Return the section of the last attack on planted names."""
+    if not lines:
+        return ["No attack has been recorded yet (`make attack RUN=runs/<id> ARGS=--record`)."]
+    last = lines[-1]
+    sizes, written = last["sizes"], last["written"]
+    spent = [float(one) for one in last["spent"].values()]
+    what = (
+        "`make attack RUN=runs/<id>`: names invented for the purpose and planted in sites' rows. Which of "
+        f"{sizes['candidates']} stands in the row (chance {last['chance']:.0%}), and does it come out of "
+        f"{sizes['draws']} continuations of the row; in brackets 95 % (Wilson). A rate near chance proves no privacy, "
+        "which epsilon claims and the layers test; the last row is what this attack can do."
+    )
+    where = (
+        f"Run {last['run']}, commit {last['commit']}; sites spent epsilon {min(spent):.2f} to {max(spent):.2f}. "
+        f"{last['targets']} names attacked; {last['beyond_cut']} more stand where no learner reads. In drafts and "
+        f"answers, letter for letter: {written['planted']} planted names, {written['planted_nowhere']} that were "
+        "planted nowhere."
+    )
+    head = "| model | among candidates | of those that the reference misses | from its own words |"
+    out = [what, "", where, "", head, "|---|---|---|---|"]
+    for name, told in last["models"].items():
+        keys = ("inference", "inference_reference_misses", "reconstruction")
+        out.append(f"| {ATTACKED[name]} | {' | '.join(_share(told.get(key)) for key in keys)} |")
+    return out
+
+
+def _share(told: dict[str, Any] | None) -> str:
+    return f"{told['right']} / {told['count']} [{told['low']:.0%}, {told['high']:.0%}]" if told else "-"
 
 
 def _section(runs: list[dict[str, Any]]) -> list[str]:

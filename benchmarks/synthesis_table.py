@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import distil_table
 import record
+from over_seeds import Interval, interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
 
 NAMES = {
     "zero_shot": "bare model, asked in words",
@@ -31,8 +35,8 @@ def page() -> str:
         "One site; SmolLM2-135M-Instruct, bf16; epsilon by PLD at delta 1e-5 per record, add or remove one. Simulated",
         "sites: seeded noise. An interval is 95 % over test items (Wilson, bootstrap), the widest over seeds;",
         "two methods whose intervals overlap are not told apart here. MAUVE grows when there are fewer texts:",
-        "compare it at 36 a side, where the decoders write no more; its brackets are over draws of texts. A cell that",
-        "was paused on the way has no minutes.",
+        "compare it at 36 a side, where the decoders write no more; its brackets are over draws of texts. CPU minutes",
+        "are of the run's process; cells from before that was measured have none.",
         "",
     ]
     lines = record.lines("synthesis")
@@ -54,7 +58,7 @@ def _corpus(cells: list[dict[str, Any]]) -> list[str]:
     out = [
         f"Commits {commits}.",
         "",
-        "| rows | epsilon | method | kept / written | MAUVE | MAUVE, 36 a side | downstream | exam | minutes | MB up |",
+        "| rows | epsilon | method | kept / written | MAUVE | MAUVE, 36 a side | downstream | exam | CPU min | MB up |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups = sorted({(one["rows"], one["epsilon"]) for one in good})
@@ -67,13 +71,65 @@ def _corpus(cells: list[dict[str, Any]]) -> list[str]:
         found = [one for one in good if key in one]
         if found:
             out.append(f"| | | {told} | | | | | {_exam(found, key)} | | |")
-    return out
+    return [*out, *_differences(good)]
+
+
+FIGURES: dict[str, Callable[[Mapping[str, Any]], list[float] | None]] = {
+    "MAUVE, 36 a side": lambda cell: cell.get("mauve_small"),
+    "downstream": lambda cell: cell.get("downstream", {}).get("accuracy"),
+    "exam": lambda cell: cell["exam_target"].get("choice_accuracy"),
+}
+
+
+def _differences(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what seeds say of the order, where methods have several: who is best, and who is told apart from it."""
+    out: list[str] = []
+    several = [one for one in cells if one["method"] not in FLOORS]
+    for rows, epsilon in sorted({(one["rows"], one["epsilon"]) for one in several}):
+        here = [one for one in several if (one["rows"], one["epsilon"]) == (rows, epsilon)]
+        for figure, of in FIGURES.items():
+            by_method = {method: _by_seed(here, method, of) for method in NAMES}
+            known = {method: found for method, found in by_method.items() if len(found) > 1}
+            if len(known) < 2:  # noqa: PLR2004 - nothing to compare
+                continue
+            best = max(known, key=lambda method: _mean(list(known[method].values())))
+            gaps = {method: _gap(known[best], found) for method, found in known.items() if method != best}
+            apart, level = (
+                [f"{NAMES[method]} ({gap})" for method, gap in gaps.items() if gap.apart is told]
+                for told in (True, False)
+            )
+            out.append(
+                f"| {rows} | {epsilon:g} | {figure} | {NAMES[best]} | {'; '.join(apart) or '-'} | "
+                f"{'; '.join(level) or '-'} |"
+            )
+    if not out:
+        return []
+    return [
+        "",
+        "Over seeds, for methods that have several: the best mean, and by how much the others are below it (95 %,",
+        "Student over seeds). What is not told apart is noise as far as these seeds go.",
+        "",
+        "| rows | epsilon | figure | best mean | below it | not told apart |",
+        "|---|---|---|---|---|---|",
+        *out,
+    ]
+
+
+def _by_seed(
+    cells: Sequence[Mapping[str, Any]], method: str, of: Callable[[Mapping[str, Any]], list[float] | None]
+) -> dict[int, float]:
+    return {one["seed"]: value[0] for one in cells if one["method"] == method and (value := of(one))}
+
+
+def _gap(best: Mapping[int, float], other: Mapping[int, float]) -> Interval:
+    """Return best minus other over the seeds that both have; with one in common, that is one seed."""
+    return interval([best[seed] - other[seed] for seed in sorted(best.keys() & other.keys())] or [math.nan])
 
 
 def _row(rows: int, epsilon: float, name: str, cells: list[dict[str, Any]]) -> str:
     seeds = f" ({len(cells)} seeds)" if len(cells) > 1 else ""
     kept = f"{_mean([one['kept'] for one in cells]):.0f} / {_mean([one['written'] for one in cells]):.0f}"
-    timed = [one["wall_s"] / 60 for one in cells if one["wall_s"] is not None]
+    timed = [one["cpu_s"] / 60 for one in cells if "cpu_s" in one]
     minutes = f"{_mean(timed):.1f}" if timed else "-"
     up = _mean([sum(one["bytes"]["up"].values()) / 1e6 for one in cells])
     spent = f"{epsilon:g}" if epsilon else "0"

@@ -28,9 +28,13 @@ def encoded_units(
     return [tuple(examples) for examples in grouped.values()]
 
 
-def _encode(row: PrivateRow, learns: Learns, max_tokens: int, bench: Workbench) -> TokenSequence:
-    tokenizer = bench.model.tokenizer
+def halves(row: PrivateRow, learns: Learns, bench: Workbench) -> tuple[str, str]:
+    """Return what a learner shows a model of a row, and what it then has it learn to write."""
     if learns == "answer":
-        prefix = models.chat_prompt(tokenizer, row.instruction, bench.system)
-        return sequences.encode(tokenizer, prefix, row.output, max_tokens=max_tokens)
-    return sequences.encode(tokenizer, bench.codes.get(row.code, ""), row.instruction, max_tokens=max_tokens)
+        return models.chat_prompt(bench.model.tokenizer, row.instruction, bench.system), row.output
+    return bench.codes.get(row.code, ""), row.instruction
+
+
+def _encode(row: PrivateRow, learns: Learns, max_tokens: int, bench: Workbench) -> TokenSequence:
+    prefix, text = halves(row, learns, bench)
+    return sequences.encode(bench.model.tokenizer, prefix, text, max_tokens=max_tokens)

@@ -129,7 +129,7 @@ def test_every_cell_has_a_name_of_its_own_and_is_found_again(scripts: Any) -> No
 
 
 def test_an_interval_is_students(scripts: Any) -> None:
-    table = scripts("aggregators_table")
+    table = scripts("over_seeds")
     one = table.interval([1.0, 2.0, 3.0])
     assert (one.mean, one.low, one.high) == pytest.approx(
         (2.0, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3))
