@@ -9,6 +9,7 @@ Out of scope: what a site's policy allows (`clients.gate`).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
@@ -18,7 +19,9 @@ from fl_app.config import Section, parse
 from fl_app.errors import ConfigInvalid
 from fl_app.kernel_sum import KernelSumSection
 from strategies.answering import SLOT
+from strategies.coded import read_codes
 from strategies.filters.kernel_density import KernelDensity
+from strategies.synthesizers.released_texts import ReleasedTexts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +45,11 @@ RELEASED: dict[str, ReleaseKind] = {
     "pe_votes": "histogram",
 }
 """What every kind of learner sends. The server cannot import them; a test holds this table to their union."""
+
+
+TEXTS_PER_BUCKET = {"private_prediction": 16, "invisible_ink": 1}
+MAX_BYTES = 4096
+"""What a learner that writes takes where nothing is said; a test holds both to the learners' own defaults."""
 
 
 class _Survey(Section):
@@ -212,6 +220,27 @@ def _check_release(learner: Tree, synthesizer: Any) -> None:
             f"client.learner.layers = {learner.get('layers')} are measured, and server.synthesizer.layers = "
             f"{list(synthesizer.layers)} are pushed; write the same layers in both"
         )
+    if isinstance(synthesizer, ReleasedTexts):
+        _check_texts(learner, synthesizer)
+
+
+def _check_texts(learner: Tree, synthesizer: ReleasedTexts) -> None:
+    """Raise `ConfigInvalid` where sites could write more, or longer, than the server then takes."""
+    each = TEXTS_PER_BUCKET.get(str(learner.get("kind")))
+    if each is None or not Path(synthesizer.codes).is_file():
+        return
+    codes = len(read_codes(Path(synthesizer.codes)))
+    most = codes * _whole(learner, "buckets_per_code") * (_whole(learner, "texts_per_bucket") or each)
+    longest = _whole(learner, "max_bytes") or MAX_BYTES
+    for key, asked, taken in (
+        ("max_texts", most, synthesizer.max_texts),
+        ("max_bytes", longest, synthesizer.max_bytes),
+    ):
+        if asked > taken:
+            raise ConfigInvalid(
+                f"server.synthesizer.{key} = {taken}, and by client.learner a site may send {asked} ({codes} codes): "
+                f"its budget would be spent on a release that is refused; write {key} = {asked}, or ask for less"
+            )
 
 
 def _check_kernel(wanted: KernelDensity, summed: KernelSumSection | None) -> None:

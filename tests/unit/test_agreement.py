@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
@@ -16,7 +16,11 @@ from strategies.distillers.professional import Professional
 from strategies.synthesizers import AnySynthesizer
 from strategies.synthesizers.control_codes import ControlCodes
 from strategies.synthesizers.epsvec import EpsVec
+from strategies.synthesizers.released_texts import ReleasedTexts
 from strategies.tuners.sft import Sft
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MINIMAL: dict[str, dict[str, Any]] = {
     "private_prediction": {"buckets_per_code": 1, "expected_units": 4.0, "tokens_per_bucket": 8},
@@ -48,6 +52,37 @@ def test_every_synthesizer_says_what_it_writes_from_and_somebody_sends_it() -> N
     wanted = {kind_of(section): section.writes_from for section in members(AnySynthesizer)}
     assert {kind for kind, release in wanted.items() if release is None} == {"public_only", "zero_shot"}
     assert {release for release in wanted.values() if release} == set(agreement.RELEASED.values())
+
+
+def test_the_defaults_of_learners_that_write_are_known_here() -> None:
+    writers = [section for section in members(AnyLearner) if agreement.RELEASED[kind_of(section)] == "text"]
+    assert {kind_of(one): one.model_fields["texts_per_bucket"].default for one in writers} == agreement.TEXTS_PER_BUCKET
+    assert {one.model_fields["max_bytes"].default for one in writers} == {agreement.MAX_BYTES}
+
+
+@pytest.mark.parametrize(
+    ("learner", "most", "longest"),
+    [
+        ({"kind": "invisible_ink", "buckets_per_code": 3}, 6, 4096),
+        ({"kind": "invisible_ink", "buckets_per_code": 3, "texts_per_bucket": 2, "max_bytes": 80}, 12, 80),
+        ({"kind": "private_prediction", "buckets_per_code": 1}, 32, 4096),
+    ],
+)
+def test_no_site_may_write_more_than_the_server_takes(
+    tmp_path: Path, learner: dict[str, Any], most: int, longest: int
+) -> None:
+    codes = tmp_path / "codes.jsonl"
+    codes.write_text("".join(f'{{"id": "{n}", "text": "about {n}"}}\n' for n in "ab"), encoding="utf-8")
+
+    def check(texts: int, size: int) -> None:
+        takes = {"kind": "released_texts", "codes": str(codes), "max_texts": texts, "max_bytes": size}
+        agreement.check({"client": {"learner": learner}}, synthesizer=parse(ReleasedTexts, takes), filters=[])
+
+    check(most, longest)
+    with pytest.raises(ConfigInvalid, match=f"max_texts = {most - 1}, and by client.learner a site may send {most} "):
+        check(most - 1, longest)
+    with pytest.raises(ConfigInvalid, match=f"max_bytes = {longest - 1}, .* may send {longest} "):
+        check(most, longest - 1)
 
 
 def test_layers_that_are_measured_are_those_that_are_pushed() -> None:
