@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fl_app.config import Section, Tree, parse
-from simulations.federate import Partition, PolicyTemplate
+from simulations.partition import Partition
+from simulations.policy_template import PolicyTemplate
 
 EMBEDDED = "embedded"
 

@@ -6,8 +6,7 @@
     <out>-simulation/planted.json           the synthetic identities and the controls (`simulations.identities`)
 
 A site's ledger will live in its directory, so a finished federation is never written again: the same inputs leave
-every byte as it is, other inputs are refused. The three partitioners are a dozen lines of numpy each; flwr-datasets
-has the same ones, but is not in our lock, and would bring its own way of reading files.
+every byte as it is, other inputs are refused.
 
 Out of scope: reading corpora (`simulations.corpora`); starting the federation (`simulations.launch`).
 """
@@ -16,163 +15,30 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import html
 import json
 import re
 import sys
 import tempfile
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-from pydantic import Field
-
-from fl_app.config import Section, parse
+from fl_app.config import parse
 from fl_app.errors import ConfigInvalid, RowsInvalid, StillroomError
 from fl_app.seeds import stream
-from fl_app.types import ReleaseKind
 from simulations.corpora import CorpusRow, read_corpus
 from simulations.identities import Planted, plant
+from simulations.partition import ColumnPartition, DirichletPartition, Groups, IidPartition, Partition, column_of
+from simulations.partition_plot import plot, short
+from simulations.policy_template import PolicyTemplate, site_toml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 STAMP = "SIMULATION - NOT PRIVATE"
-MAX_DRAWS = 100  # of a Dirichlet partition that leaves a site too small; not studied, assumption
 ROW_KEYS = frozenset({"id", "instruction", "output", "code"})
 LINE_ENDS = re.compile(r"[\x85\u2028\u2029]")
-
-Groups: TypeAlias = dict[str, list[int]]
-"""The rows of each site, as positions in the corpus, by site name."""
-
-
-class ColumnPartition(Section):
-    """One site per value of a column. Values with fewer than `min_rows` rows become one site `other`.
-
-    When `other` is itself too small, its rows go to the first of the remaining sites.
-    """
-
-    kind: Literal["column"] = "column"
-    column: str
-    min_rows: Annotated[int, Field(ge=1)] = 1
-
-    def split(self, rows: Sequence[CorpusRow], _rng: np.random.Generator) -> Groups:
-        """Return the sites in the alphabetical order of the values."""
-        by_value: dict[str, list[int]] = {}
-        for index, value in enumerate(_column(rows, self.column)):
-            by_value.setdefault(value, []).append(index)
-        groups: Groups = {}
-        small: list[int] = []
-        for value in sorted(by_value):
-            if len(by_value[value]) < self.min_rows:
-                small += by_value[value]
-            else:
-                groups[_slug(value, groups)] = by_value[value]
-        if len(small) >= self.min_rows:
-            groups[_slug("other", groups)] = sorted(small)
-        elif small and not groups:
-            raise ConfigInvalid(f"min_rows = {self.min_rows}, but {self.column!r} has {len(small)} rows in all")
-        elif small:
-            first = next(iter(groups))
-            groups[first] = sorted(groups[first] + small)
-        return groups
-
-
-class DirichletPartition(Section):
-    """Each label's rows are dealt to `sites` in proportions drawn from Dirichlet(concentration): small is skewed.
-
-    Source: Hsu, Qi and Brown, Measuring the effects of non-identical data distribution (2019), section 3; ours draws
-    the sites' shares of each label, not the labels' shares of each site, so that every row is used.
-    """
-
-    kind: Literal["dirichlet"] = "dirichlet"
-    label: str
-    concentration: Annotated[float, Field(gt=0)]
-    sites: Annotated[int, Field(ge=1)]
-    min_rows: Annotated[int, Field(ge=1)] = 1
-
-    def split(self, rows: Sequence[CorpusRow], rng: np.random.Generator) -> Groups:
-        """Return the first draw that gives every site `min_rows` rows."""
-        labels = np.array(_column(rows, self.label))
-        _check_enough(rows, self.sites, self.min_rows)
-        smallest = ""
-        for _ in range(MAX_DRAWS):
-            groups: Groups = {f"site-{site}": [] for site in range(self.sites)}
-            for label in np.unique(labels):
-                indices = rng.permutation(np.flatnonzero(labels == label))
-                shares = rng.dirichlet(np.full(self.sites, self.concentration))
-                cuts = np.rint(np.cumsum(shares)[:-1] * len(indices)).astype(int)
-                for name, part in zip(groups, np.split(indices, cuts), strict=True):
-                    groups[name] += part.tolist()
-            smallest = min(groups, key=lambda name: len(groups[name]))
-            if len(groups[smallest]) >= self.min_rows:
-                return {name: sorted(indices) for name, indices in groups.items()}
-        raise ConfigInvalid(
-            f"{MAX_DRAWS} draws left a site (last: {smallest}) with fewer than {self.min_rows} rows; "
-            f"raise concentration = {self.concentration}, or lower sites = {self.sites} or min_rows"
-        )
-
-
-class IidPartition(Section):
-    """Equal random parts."""
-
-    kind: Literal["iid"] = "iid"
-    sites: Annotated[int, Field(ge=1)]
-
-    def split(self, rows: Sequence[CorpusRow], rng: np.random.Generator) -> Groups:
-        """Return `sites` parts whose sizes differ by at most one."""
-        _check_enough(rows, self.sites, 1)
-        parts = np.array_split(rng.permutation(len(rows)), self.sites)
-        return {f"site-{site}": sorted(part.tolist()) for site, part in enumerate(parts)}
-
-
-Partition: TypeAlias = Annotated[ColumnPartition | DirichletPartition | IidPartition, Field(discriminator="kind")]
-
-
-class PolicyTemplate(Section):
-    """What every site's `site.toml` says unless an override says otherwise. All public, none computed from rows."""
-
-    epsilon: Annotated[float, Field(gt=0)]
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    unit: Annotated[str, Field(min_length=1)] = "record"
-    max_rows_per_unit: Annotated[int, Field(ge=1)] = 1
-    sample_rate: Annotated[float, Field(gt=0, le=1)]
-    expected_batch: Annotated[int, Field(ge=1)]
-    max_tokens: Annotated[int, Field(ge=8, le=8192)] = 96
-    min_noise_multiplier: Annotated[float, Field(gt=0)] = 0.3
-    max_noise_multiplier: Annotated[float, Field(gt=0)] = 5.0
-    max_steps_per_round: Annotated[int, Field(ge=1)] = 200
-    max_rounds: Annotated[int, Field(ge=1)] = 100
-    release_kinds: Annotated[tuple[ReleaseKind, ...], Field(strict=False)] = ("adapter",)
-    base_models: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    simulation: bool = True
-    composition: Literal["fixed_schedule", "renyi_filter"] = "fixed_schedule"
-    non_private: bool = False
-    memory_mb: Annotated[int, Field(ge=0)] = 0
-    first_layer: Annotated[int, Field(ge=0)] = 0
-    micro_batch_tokens: Annotated[int, Field(ge=0)] = 0
-    targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
-
-
-TABLES: dict[str, tuple[str, ...]] = {
-    "privacy": ("epsilon", "delta", "unit", "max_rows_per_unit", "composition"),
-    "constants": ("sample_rate", "expected_batch", "max_tokens"),
-    "limits": (
-        "min_noise_multiplier",
-        "max_noise_multiplier",
-        "max_steps_per_round",
-        "max_rounds",
-        "release_kinds",
-        "base_models",
-        "simulation",
-        "non_private",
-    ),
-    "capacity": ("memory_mb", "first_layer", "micro_batch_tokens", "targets"),
-}
-"""The tables of site.toml and the keys of the template that stand in them, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,36 +133,17 @@ def federate(
 # --- what is checked before anything is written
 
 
-def _column(rows: Sequence[CorpusRow], column: str) -> list[str]:
-    """Return every row's value of `column`."""
-    known = sorted({name for row in rows for name in row.columns})
-    if column not in known:
-        raise ConfigInvalid(
-            f"no column {column!r}; the corpus has: {', '.join(known) or 'no columns besides the text'}"
-        )
-    without = [row.id for row in rows if column not in row.columns]
-    if without:
-        raise RowsInvalid(f"{len(without)} rows have no {column!r} (the first is {without[0]}); fill or remove them")
-    return [row.columns[column] for row in rows]
-
-
-def _check_enough(rows: Sequence[CorpusRow], sites: int, min_rows: int) -> None:
-    if len(rows) < sites * min_rows:
-        last = f"site-{len(rows) // min_rows}"
-        raise ConfigInvalid(f"{len(rows)} rows do not give {sites} sites {min_rows} each: {last} would go short")
-
-
 def _check_unit(rows: Sequence[CorpusRow], unit: str, *, site: str) -> None:
     if unit in ROW_KEYS:
         raise ConfigInvalid(f"{site}: unit = {unit!r} is a key of every row; name a column, or 'record'")
     if unit != "record":
-        _column(rows, unit)
+        column_of(rows, unit)
 
 
 def _labels(rows: Sequence[CorpusRow], partition: Partition, label: str | None) -> list[str]:
     """Return what each row is counted as in partition.json and partition.svg."""
     shown = label or (partition.label if isinstance(partition, DirichletPartition) else None)
-    return _column(rows, shown) if shown else [row.code or "rows" for row in rows]
+    return column_of(rows, shown) if shown else [row.code or "rows" for row in rows]
 
 
 def _policies(
@@ -310,14 +157,6 @@ def _policies(
         name: parse(PolicyTemplate, {**template, **overrides.get(name, {})}, where=f"overrides.{name}")
         for name in groups
     }
-
-
-def _slug(value: str, taken: Mapping[str, object]) -> str:
-    """Return `value` as a public logical id that no other site has: letters, digits and hyphens."""
-    ascii_only = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", ascii_only)[:40].strip("-") or f"site-{len(taken)}"
-    names = (slug if attempt == 1 else f"{slug}-{attempt}" for attempt in range(1, len(taken) + 2))
-    return next(name for name in names if name not in taken)
 
 
 def _digest(rows: Sequence[CorpusRow], inputs: Mapping[str, Any]) -> str:
@@ -365,14 +204,16 @@ def _write(
             unit = policies[name].unit
             lines = "".join(_line(_row_tree(row, unit)) for row in rows)
             (directory / "rows.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-            (directory / "site.toml").write_text(_site_toml(name, policies[name]), encoding="utf-8", newline="\n")
+            (directory / "site.toml").write_text(
+                site_toml(name, policies[name], stamp=STAMP), encoding="utf-8", newline="\n"
+            )
         simulation.mkdir(mode=0o700, exist_ok=True)
         identities = [{"kind": i.kind, "text": i.text, "site": i.site, "row": i.row} for i in planted.identities]
         secrets = {"stamp": STAMP, "identities": identities, "controls": list(planted.controls)}
         files = {
             "partition.json": _json(report),
             "planted.json": _json(secrets),
-            "partition.svg": _svg(report["sites"]),
+            "partition.svg": plot(report["sites"], stamp=STAMP),
         }
         for name, text in files.items():  # partition.json first: it claims `out` for these inputs
             (Path(scratch) / name).write_text(text, encoding="utf-8", newline="\n")
@@ -392,22 +233,6 @@ def _line(tree: Mapping[str, str]) -> str:
 def _row_tree(row: CorpusRow, unit: str) -> dict[str, str]:
     tree = {"id": row.id, "instruction": row.instruction, "output": row.output, "code": row.code}
     return tree if unit == "record" else {**tree, unit: row.columns[unit]}
-
-
-def _site_toml(name: str, policy: PolicyTemplate) -> str:
-    values = policy.model_dump()
-    lines = [f"# {STAMP}: written by simulations/federate.py", "[site]", f"name = {_toml(name)}"]
-    for table, keys in TABLES.items():
-        lines += ["", f"[{table}]", *(f"{key} = {_toml(values[key])}" for key in keys)]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _read(out: Path, simulation: Path, *, written: bool) -> Federation:
@@ -430,60 +255,6 @@ def _read(out: Path, simulation: Path, *, written: bool) -> Federation:
         planted=report["planted"],
         written=written,
     )
-
-
-# --- the picture
-
-COLOURS = ("#3b6ea5", "#e08e45", "#4f9d79", "#c25b6e", "#8a6fb3", "#c9a63c", "#5fa8b8", "#9c6b4e")
-REST = "#b8bec6"
-WIDTH, LEFT, RIGHT, TOP, BAR, STEP, LEGEND = 760, 150, 56, 64, 20, 32, 18  # pixels
-
-
-def _svg(sites: Sequence[Mapping[str, Any]]) -> str:
-    """Return one bar per site, as long as its rows, in the colours of its labels; rare labels share the last one."""
-    totals: Counter[str] = sum((Counter(site["labels"]) for site in sites), Counter[str]())
-    ranked = sorted(totals, key=lambda name: (-totals[name], name))
-    names = ranked if len(ranked) <= len(COLOURS) else [*ranked[: len(COLOURS) - 1], "(others)"]
-    colour = dict(
-        zip(names, (*COLOURS[: len(COLOURS) - 1], REST if "(others)" in names else COLOURS[-1]), strict=False)
-    )
-    scale = (WIDTH - LEFT - RIGHT) / max(int(site["rows"]) for site in sites)
-    parts = [
-        f'<text x="16" y="28" class="title">{sum(totals.values()):,} rows at {len(sites)} sites</text>',
-        f'<text x="16" y="46" class="quiet">{STAMP} · a real federation cannot draw this picture</text>',
-    ]
-    for index, site in enumerate(sites):
-        y = TOP + STEP * index
-        name = html.escape(_short(site["name"], 20))
-        parts.append(f'<text x="{LEFT - 10}" y="{y + 14}" text-anchor="end">{name}</text>')
-        counts: Counter[str] = Counter()
-        for label, count in site["labels"].items():
-            counts[label if label in colour else "(others)"] += count
-        x = float(LEFT)
-        for label in names:
-            width = counts[label] * scale
-            if width:
-                tip = html.escape(f"{site['name']}: {label}, {counts[label]:,} rows")
-                box = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}"'
-                parts.append(f'<rect {box} fill="{colour[label]}"><title>{tip}</title></rect>')
-            x += width
-        parts.append(f'<text x="{x + 6:.1f}" y="{y + 14}" class="quiet">{site["rows"]:,}</text>')
-    bottom = TOP + STEP * len(sites) + 10
-    for index, label in enumerate(names):
-        x, y = LEFT + 185 * (index % 3), bottom + LEGEND * (index // 3)
-        parts.append(f'<rect x="{x}" y="{y}" width="10" height="10" rx="2" fill="{colour[label]}"/>')
-        parts.append(f'<text x="{x + 16}" y="{y + 9}" class="quiet">{html.escape(_short(label, 24))}</text>')
-    height = bottom + LEGEND * ((len(names) + 2) // 3) + 10
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'font-family="system-ui, -apple-system, \'Segoe UI\', sans-serif" font-size="13" fill="#1f2933">\n'
-        "<style>.title{font-size:16px;font-weight:600}.quiet{font-size:12px;fill:#66717d}</style>\n"
-        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 # --- the command line
@@ -540,7 +311,7 @@ def _show(federation: Federation) -> None:
     table = Table("site", "rows", "labels", title=f"{federation.root} ({state})", caption=STAMP)
     for site in federation.sites:
         largest = sorted(site.labels.items(), key=lambda item: -item[1])[:3]
-        table.add_row(site.name, str(site.rows), ", ".join(f"{_short(name, 24)} {count}" for name, count in largest))
+        table.add_row(site.name, str(site.rows), ", ".join(f"{short(name, 24)} {count}" for name, count in largest))
     console = Console()
     console.print(table)
     console.print(f"{federation.planted} strings planted; truth and picture in {federation.simulation}", soft_wrap=True)

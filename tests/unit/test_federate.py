@@ -20,17 +20,10 @@ from fl_app.config import parse
 from fl_app.errors import ConfigInvalid, RowsInvalid
 from fl_app.seeds import stream
 from simulations.corpora import CorpusRow
-from simulations.federate import (
-    STAMP,
-    ColumnPartition,
-    DirichletPartition,
-    Federation,
-    IidPartition,
-    PolicyTemplate,
-    federate,
-    main,
-)
+from simulations.federate import STAMP, Federation, federate, main
 from simulations.identities import KINDS, PUBLIC, plant
+from simulations.partition import ColumnPartition, DirichletPartition, IidPartition
+from simulations.policy_template import PolicyTemplate
 
 if TYPE_CHECKING:
     from pathlib import Path
