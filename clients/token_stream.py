@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fl_app import kernels, lora_linear
+from fl_app import kernels, lora_linear, sequences
 from fl_app.errors import PolicyRefusal
 
 if TYPE_CHECKING:
@@ -156,11 +156,12 @@ def _read_one_by_one(model: Any, prompts: Sequence[Sequence[int]], *, width: int
     """
     import torch
 
+    decoder = sequences.core_of(model).get_decoder()
     found: list[tuple[Any, Any]] = []
     with torch.inference_mode(), lora_linear.fused(model, _no_slopes):
         for row, prompt in enumerate(prompts):
             ids = torch.tensor([prompt[:-1]])
-            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache = decoder(input_ids=ids, use_cache=True).past_key_values  # no scores: for one row they cost a third
             for number, layer in enumerate(cache.layers):
                 keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
                 if keys is None or values is None or keys.shape[-2] != ids.shape[1]:
