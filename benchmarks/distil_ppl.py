@@ -4,7 +4,8 @@
 
 Teacher: SmolLM2-135M-Instruct, 30 blocks. Student: ten of its blocks, healed as a whole on public questions and answers
 that hold no headline. Private: 3000 headlines (all of the source `sentfin` but its test part); test: its 250 others.
-Every private learner moves LoRA factors under the same steps, rate and clip; epsilon is PLD's, per record.
+Every private learner moves LoRA factors under the same steps, rate and clip; epsilon is PLD's, per record. What the
+DP teacher writes, and how often the student reads it, costs no privacy. Settings were chosen on seed 100, not shown.
 
     student          as healed                           non_private   plain LoRA on the private headlines
     dp_sgd           DP-LoRA at epsilon 2                teacher, dp_teacher   as it comes; DP-LoRA at epsilon 2
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 DATA = record.ROOT.parent / "shared" / "data"
 SETTING: dict[str, Any] = {
-    "prefix": "News:",
+    "prefix": "Financial news headline:\n",
     "teacher": "smollm2-135m-instruct",
     "blocks": [0, 1, 2, 3, 4, 5, 20, 27, 28, 29],
     "heal": {"texts": 1200, "max_tokens": 40, "batch": 16, "learning_rate": 1e-3},
@@ -69,13 +70,13 @@ SETTING: dict[str, Any] = {
     "first_layer": {"student": 4, "teacher": 20},
     "sample_rate": 0.04,
     "expected_batch": 120,
-    "steps": 16,
+    "steps": 40,
     "clip_norm": 1.0,
     "learning_rate": 4e-3,
     "epsilon": 2.0,
     "delta": 1e-4,
     "max_tokens": 32,
-    "drafts": 1000,
+    "drafts": 2000,
     "epochs": 3,
     "soft_weight": 0.4,
     "window": 128,
@@ -296,7 +297,7 @@ def distilled(bench: Bench, seed: int, soft_weight: float) -> dict[str, Any]:
         sequences.encode(tokenizer, PREFIX, f" {one}", max_tokens=SETTING["max_tokens"]) for one in texts if one
     ]
     section = Sft(
-        kind="sft", epochs=SETTING["epochs"], learning_rate=SETTING["learning_rate"] / 2, batch_size=32, max_tokens=32
+        kind="sft", epochs=SETTING["epochs"], learning_rate=SETTING["learning_rate"], batch_size=32, max_tokens=32
     )
     losses = None
     if soft_weight:
