@@ -32,7 +32,7 @@ deploy-smoke: setup  ## a real deployment on loopback: TLS, node keys, signed bu
 deploy-check: setup  ## make deploy-check CONFIG=configs/deploy/hospitals.toml: may this run on real rows?
 	@$(BIN)/python -m simulations.deployment check --config $(CONFIG)
 
-audit: setup  ## is it really DP? three layers, 2,000 canaries, mistakes planted in copies of the tree (8 minutes, 2 cores)
+audit: setup  ## is it really DP? three layers, 2,000 canaries, mistakes planted in copies of the tree (15 minutes, 2 cores)
 	$(BIN)/python benchmarks/audit.py
 
 attack: setup  ## make attack RUN=runs/<id> [ARGS=--record]: are names planted in a simulation found again in its models?
