@@ -55,7 +55,7 @@ bench-aggregators: small-model  ## every federated-LoRA method, one table (about
 	PYTHONPATH=. $(BIN)/python benchmarks/aggregators.py $(ARGS)
 	PYTHONPATH=. $(BIN)/python benchmarks/aggregators_noise.py
 
-bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about 50 minutes, one core; goes on)
+bench-distil: setup  ## DistilDP's perplexity table in small, on finance headlines (about an hour, one core; goes on)
 	PYTHONPATH=. $(BIN)/python benchmarks/distil_ppl.py $(ARGS)
 
 ledger: setup  ## make ledger SITE=dir: what a site spent, entry by entry, what is left, and whether all is whole
