@@ -190,9 +190,10 @@ def _names(lines: list[dict[str, Any]]) -> list[str]:
     )
     head = "| model | among candidates | of those that the reference misses | from its own words |"
     out = [what, "", where, "", head, "|---|---|---|---|"]
-    for name, told in last["models"].items():
+    for name, words in ATTACKED.items():  # records are sorted by key
+        told = last["models"].get(name, {})
         keys = ("inference", "inference_reference_misses", "reconstruction")
-        out.append(f"| {ATTACKED[name]} | {' | '.join(_share(told.get(key)) for key in keys)} |")
+        out.append(f"| {words} | {' | '.join(_share(told.get(key)) for key in keys)} |")
     return out
 
 
