@@ -57,8 +57,8 @@ APART: dict[str, tuple[str, ...]] = {
         "tests/privacy/test_private_decoding_audit.py",
     ),
 }
-"""What bounds the other releases: votes, vectors, counts, and texts drawn token by token. Their mutants touch nothing
-that the layers above run, so they are judged by these files alone."""
+"""What bounds the other releases: votes, vectors, counts, and texts drawn token by token. Their mutants are judged by
+these files alone."""
 
 NOT_FOR_MUTANTS = "not caught and not bfloat16 and not dp_ffa_lora and not dp_rolora and not second"
 """Left out where a mutant runs: twins, which test the tests, and the second type, pool and likes of one engine."""

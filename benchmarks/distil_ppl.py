@@ -5,7 +5,8 @@
 Teacher: SmolLM2-135M-Instruct, 30 blocks. Student: ten of its blocks, healed as a whole on public questions and answers
 that hold no headline. Private: 3000 headlines (all of the source `sentfin` but its test part); test: its 250 others.
 Every private learner moves LoRA factors under the same steps, rate and clip; epsilon is PLD's, per record. What the
-DP teacher writes, and how often the student reads it, costs no privacy. Settings were chosen on seed 100, not shown.
+DP teacher writes, and how often the student reads it, costs no privacy. Settings were chosen on seed 100, not
+shown, but on these very test headlines: the figures lean towards what they were chosen for.
 
     student          as healed                           non_private   plain LoRA on the private headlines
     dp_sgd           DP-LoRA at epsilon 2                teacher, dp_teacher   as it comes; DP-LoRA at epsilon 2

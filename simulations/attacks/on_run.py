@@ -143,13 +143,13 @@ def look(run: Path, most: int) -> Scene:
         noise=SimulatedNoise(stream(settings.run.seed, "names", "noise")),
         system=settings.model.system,
     )
-    cut = max((read_policy(folder).constants.max_tokens for folder in folders), default=0)
-    reader = Reader(model=None, tokenizer=bench.model.tokenizer, max_tokens=cut)
+    cuts = {policy.site.name: policy.constants.max_tokens for policy in map(read_policy, folders)}
+    readers = {site: Reader(model=None, tokenizer=bench.model.tokenizer, max_tokens=own) for site, own in cuts.items()}
     everyone = [one for folder in folders for one in _held(folder, homes, learns, bench)]
-    seen = [one for one in everyone if reader.reads(one.target)]
+    seen = [one for one in everyone if readers[one.site].reads(one.target)]
     if not seen:
         raise RunInvalid(
-            f"no planted name stands within the {cut} tokens of a row that a site reads ({len(everyone)} stand behind "
+            f"no planted name stands within the {max(cuts.values(), default=0)} tokens of a row that a site reads ({len(everyone)} stand behind "
             "them); raise simulation.policy.max_tokens or simulation.plant_share"
         )
     order = stream(settings.run.seed, "names", "targets").permutation(len(seen))[:most]
@@ -157,7 +157,7 @@ def look(run: Path, most: int) -> Scene:
         run=run,
         settings=settings,
         learns=learns,
-        max_tokens=cut,
+        max_tokens=max(cuts.values()),
         held=tuple(seen[int(place)] for place in order),
         beyond_cut=len(everyone) - len(seen),
         names=tuple(homes),
@@ -173,10 +173,12 @@ def _codes(folder: Path) -> dict[str, str]:
 
 
 def _held(folder: Path, homes: Mapping[str, str], learns: Learns, bench: Workbench) -> Iterator[Held]:
-    """Yield the names that stand in what a site's learner reads of its rows."""
-    site = read_policy(folder).site.name
+    """Yield the names that stand in the rows that a site's learner is given."""
+    policy = read_policy(folder)
+    site, privacy = policy.site.name, policy.privacy
     mine = [name for name, home in homes.items() if home == site]
-    for row in read_private_rows(folder / "rows.jsonl", unit="record", max_rows_per_unit=1).examples:
+    rows = read_private_rows(folder / "rows.jsonl", unit=privacy.unit, max_rows_per_unit=privacy.max_rows_per_unit)
+    for row in rows.examples:
         prefix, text = halves(row, learns, bench)
         for name in mine:
             if name in prefix + text:
