@@ -149,8 +149,8 @@ def look(run: Path, most: int) -> Scene:
     seen = [one for one in everyone if readers[one.site].reads(one.target)]
     if not seen:
         raise RunInvalid(
-            f"no planted name stands within the {max(cuts.values(), default=0)} tokens of a row that a site reads ({len(everyone)} stand behind "
-            "them); raise simulation.policy.max_tokens or simulation.plant_share"
+            f"no planted name stands in what a site reads of a row, {max(cuts.values(), default=0)} tokens at most "
+            f"({len(everyone)} stand behind them); raise simulation.policy.max_tokens or simulation.plant_share"
         )
     order = stream(settings.run.seed, "names", "targets").permutation(len(seen))[:most]
     return Scene(
